@@ -1,0 +1,1 @@
+"""Vision-language serving in which an image is paid for once."""
