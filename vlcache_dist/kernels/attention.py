@@ -7,6 +7,7 @@ They read lengths on the host, so they cannot be captured in a CUDA graph.
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,7 @@ def varlen_attention_reference(
     bounds = cu.tolist()
     ratio = q.shape[1] // k.shape[1]
     groups: dict[int, list[int]] = defaultdict(list)
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+    for a, b in pairwise(bounds):
         if b > a:
             groups[b - a].append(a)
     for length, starts in groups.items():
