@@ -92,9 +92,7 @@ class ExtentAllocator:
         return iter(self._free.items())
 
     def stats(self) -> AllocatorStats:
-        return AllocatorStats(
-            self.total, self.free_elements, self.largest_free, len(self._free), len(self._allocated)
-        )
+        return AllocatorStats(self.total, self.free_elements, self.largest_free, len(self._free), len(self._allocated))
 
     def validate(self) -> None:
         """Raise AssertionError unless free and allocated extents tile [0, total) and the indices agree."""
