@@ -20,8 +20,14 @@ any of them is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+from vlcache_dist.model.upload import upload
+
+if TYPE_CHECKING:
+    from vlcache_dist.engine.batch import StepBatch
 
 
 @dataclass(slots=True)
@@ -51,6 +57,55 @@ class ForwardBatch:
     num_samples: int  # rows [:num_samples] are sampled, in the order of the step's sequences
     any_record: bool
 
+    @classmethod
+    def from_step(cls, step: StepBatch, device: torch.device | str) -> ForwardBatch:
+        """The tensors of a step on the model's device; on CUDA one asynchronous copy, no synchronization."""
+        (
+            token_ids,
+            positions,
+            slots,
+            embed_rows,
+            embed_offset,
+            record_base,
+            record_tokens,
+            cu_q,
+            kv_len,
+            block_table,
+        ) = upload(
+            [
+                step.token_ids,
+                step.positions,
+                step.slots,
+                step.embed_rows,
+                step.embed_offset,
+                step.record_base,
+                step.record_tokens,
+                step.cu_q,
+                step.kv_len,
+                step.block_table,
+            ],
+            device,
+        )
+        return cls(
+            token_ids=token_ids,
+            positions=positions,
+            slots=slots,
+            embed_rows=embed_rows,
+            embed_offset=embed_offset,
+            record_base=record_base,
+            record_tokens=record_tokens,
+            cu_q=cu_q,
+            kv_len=kv_len,
+            block_table=block_table,
+            rows_kv=step.rows_kv,
+            rows_q=step.rows_q,
+            segs_q=step.segs_q,
+            max_q=step.max_q,
+            max_kv=step.max_kv,
+            num_samples=step.num_samples,
+            any_record=bool((step.record_base >= 0).any()),
+        )
+
 
 @dataclass(slots=True)
 class ScatterBatch:
@@ -63,3 +118,10 @@ class ScatterBatch:
     span_tokens: torch.Tensor  # int64 [N]
     slots: torch.Tensor  # int64 [N]
     positions: torch.Tensor  # int32 [3, N]
+
+    @classmethod
+    def from_step(cls, step: StepBatch, device: torch.device | str) -> ScatterBatch | None:
+        """The reused tokens of a step on the model's device; None if there are none."""
+        if not len(step.scatter_src):
+            return None
+        return cls(*upload((step.scatter_src, step.scatter_tokens, step.scatter_slots, step.scatter_positions), device))

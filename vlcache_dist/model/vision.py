@@ -1,0 +1,145 @@
+"""The vision tower: patches to vision tokens, all images of a batch packed into one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from vlcache_dist import kernels
+from vlcache_dist.model.config import VisionConfig
+from vlcache_dist.model.upload import upload
+from vlcache_dist.model.vision_layout import Grid, vision_layout
+
+_EPS = 1e-6  # transformers fixes it, whatever the configuration says
+
+
+@dataclass(slots=True)
+class VisionBlock:
+    """C hidden, I intermediate. ``qkv`` is [3C, C] with Q, K, V in this order; ``gate_up`` is [2I, C]."""
+
+    norm1: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor
+    proj: torch.Tensor
+    proj_bias: torch.Tensor
+    norm2: torch.Tensor
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor
+    down: torch.Tensor
+    down_bias: torch.Tensor
+
+
+class VisionTower:
+    """Weights are uninitialized until ``model.weights`` fills them through ``parameters``. Stateless otherwise:
+    ``forward`` may be called from any one thread at a time per device stream."""
+
+    def __init__(self, config: VisionConfig, device: torch.device | str, dtype: torch.dtype) -> None:
+        def new(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        c, i, joined = config.hidden_size, config.intermediate_size, config.hidden_size * config.spatial_merge_size**2
+        self.config, self.device, self.dtype = config, torch.device(device), dtype
+        self.patch_embed = new(c, config.patch_elements)
+        self.blocks = [
+            VisionBlock(
+                norm1=new(c),
+                qkv=new(3 * c, c),
+                qkv_bias=new(3 * c),
+                proj=new(c, c),
+                proj_bias=new(c),
+                norm2=new(c),
+                gate_up=new(2 * i, c),
+                gate_up_bias=new(2 * i),
+                down=new(c, i),
+                down_bias=new(c),
+            )
+            for _ in range(config.depth)
+        ]
+        self.merger_norm = new(c)
+        self.merger_in, self.merger_in_bias = new(joined, joined), new(joined)
+        self.merger_out, self.merger_out_bias = new(config.out_hidden_size, joined), new(config.out_hidden_size)
+        quarter = config.head_dim // 2
+        frequency = 1.0 / (config.rope_theta ** (torch.arange(0, quarter, 2, dtype=torch.float) / quarter))
+        self.frequency = frequency.to(device)  # fp32 [D/4]
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Checkpoint name -> the (view of a) tensor that it fills, in the checkpoint's shape."""
+        config, prefix = self.config, "model.visual."
+        kernel = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
+        named = {
+            "patch_embed.proj.weight": self.patch_embed.view(config.hidden_size, *kernel),
+            "merger.ln_q.weight": self.merger_norm,
+            "merger.mlp.0.weight": self.merger_in,
+            "merger.mlp.0.bias": self.merger_in_bias,
+            "merger.mlp.2.weight": self.merger_out,
+            "merger.mlp.2.bias": self.merger_out_bias,
+        }
+        for n, block in enumerate(self.blocks):
+            gate, up = block.gate_up.chunk(2)
+            gate_bias, up_bias = block.gate_up_bias.chunk(2)
+            named |= {
+                f"blocks.{n}.norm1.weight": block.norm1,
+                f"blocks.{n}.norm2.weight": block.norm2,
+                f"blocks.{n}.attn.qkv.weight": block.qkv,
+                f"blocks.{n}.attn.qkv.bias": block.qkv_bias,
+                f"blocks.{n}.attn.proj.weight": block.proj,
+                f"blocks.{n}.attn.proj.bias": block.proj_bias,
+                f"blocks.{n}.mlp.gate_proj.weight": gate,
+                f"blocks.{n}.mlp.gate_proj.bias": gate_bias,
+                f"blocks.{n}.mlp.up_proj.weight": up,
+                f"blocks.{n}.mlp.up_proj.bias": up_bias,
+                f"blocks.{n}.mlp.down_proj.weight": block.down,
+                f"blocks.{n}.mlp.down_proj.bias": block.down_bias,
+            }
+        return {prefix + name: tensor for name, tensor in named.items()}
+
+    @torch.inference_mode()
+    def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """patches [N, C*T*P*P] as the image processor delivers them, images one after the other in any float dtype;
+        grids (t, h, w) in patches with N = sum of t*h*w -> [N / merge**2, out_hidden_size], same order, tower dtype.
+
+        Raises ValueError if patches and grids disagree, or for sides that the merge does not divide.
+        """
+        config = self.config
+        if not grids:
+            return torch.empty(0, config.out_hidden_size, device=self.device, dtype=self.dtype)
+        layout = vision_layout(grids, config)
+        expected = (layout.row_column.shape[1], config.patch_elements)
+        if tuple(patches.shape) != expected:
+            raise ValueError(f"patches {tuple(patches.shape)}: the grids say {expected}")
+        order, inverse, row_column, windows, frames = upload(
+            (layout.order, layout.inverse, layout.row_column, layout.windows, layout.frames), self.device
+        )
+        x = F.linear(patches.to(self.device, self.dtype, non_blocking=True), self.patch_embed)
+        x = x.view(len(order), -1)[order].view(len(x), -1)
+        cos, sin = self._rotary(row_column)
+        for n, block in enumerate(self.blocks):
+            if n in config.full_attention_blocks:
+                x = self._block(x, block, cos, sin, frames, layout.longest_frame)
+            else:
+                x = self._block(x, block, cos, sin, windows, layout.longest_window)
+        x = kernels.rms_norm(x, self.merger_norm, _EPS).view(len(order), -1)
+        x = F.linear(F.gelu(F.linear(x, self.merger_in, self.merger_in_bias)), self.merger_out, self.merger_out_bias)
+        return x[inverse]
+
+    def _rotary(self, row_column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 [2, N] -> cos, sin fp32 [N, D/2]: the first half of the frequencies turns with the row, the second
+        with the column."""
+        angle = torch.cat([axis.float()[:, None] * self.frequency for axis in row_column], -1)
+        return angle.cos(), angle.sin()
+
+    def _block(
+        self, x: torch.Tensor, block: VisionBlock, cos: torch.Tensor, sin: torch.Tensor, cu: torch.Tensor, longest: int
+    ) -> torch.Tensor:
+        h = kernels.rms_norm(x, block.norm1, _EPS)
+        qkv = F.linear(h, block.qkv, block.qkv_bias).view(len(x), 3, self.config.num_heads, -1)
+        q, k, v = qkv.unbind(1)
+        q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+        attended = kernels.varlen_attention(q, k, v, cu, longest)
+        h = F.linear(attended.reshape(len(x), -1), block.proj, block.proj_bias)
+        h, x = kernels.add_rms_norm(h, x, block.norm2, _EPS)
+        h = kernels.silu_mul(F.linear(h, block.gate_up, block.gate_up_bias))
+        return x + F.linear(h, block.down, block.down_bias)
