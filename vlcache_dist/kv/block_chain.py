@@ -1,16 +1,14 @@
-"""The hash chain over a sequence's full blocks: a block's name covers its tokens, what its vision tokens show, and
-everything before it. Pure.
+"""The hash chain over a sequence's full blocks: what a block holds, and everything before it. Pure.
 
 Two chains run beside each other. *Exact*: seeded with the tenant; vision tokens count as (content key, offset in the
-span). *Approximate*: seeded with tenant and plan; vision tokens also count with the variant of the object that was
-reused for them (None: computed). Blocks are hashed when first asked for, so a miss at the first block costs one hash.
+span). *Approximate*: seeded with tenant and plan; spans also count with the variant of the object that was reused for
+them, or as computed. Blocks are hashed when first asked for, so a miss at the first block costs nothing more.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from blake3 import blake3
@@ -18,24 +16,20 @@ from blake3 import blake3
 from vlcache_dist.hashing import frame
 from vlcache_dist.types import MediaSpan, Variant
 
+KEY_BYTES = 32
+VARIANT_BYTES = 16
 _PIECE = struct.Struct(">32sQIId")  # content key, offset in span, first row in block, rows, seconds per grid
-_NO_VARIANT = b"\0" * 17
+_COMPUTED = b"\0" * (1 + VARIANT_BYTES)
 
-
-@dataclass(frozen=True, slots=True)
-class BlockName:
-    """``digest`` (32 bytes) covers ``parent`` and ``contents``; a cache compares all three on a hit."""
-
-    digest: bytes
-    parent: bytes
-    contents: bytes
+Variants = tuple[Variant | None, ...]
 
 
 class BlockChain:
-    """One sequence's tokens, growing, and the names of its full blocks.
+    """One sequence's tokens, growing, and what its full blocks are called.
 
-    ``variants``: per span, in the order given, the 16-byte variant that is, or would be, reused (None: computed); may be corrected by
-    ``set_variant`` until blocks are inserted. ``tenant``'s sequences share blocks with no other tenant's.
+    ``variants``, one per span in order of position: the 16-byte variant reused for it; None means computed or,
+    before ``PrefixCache.match``, any. Sequences of two tenants never share a block. Raises ValueError for keys and
+    variants of another size.
     """
 
     def __init__(
@@ -46,24 +40,23 @@ class BlockChain:
         block_size: int,
         tenant: str,
         plan: str = "",
-        variants: Sequence[Variant | None] = (),
     ) -> None:
         self.block_size = block_size
         self.spans = tuple(sorted(spans, key=lambda span: span.start))
         self._order = {span.index: place for place, span in enumerate(self.spans)}
         if len(self._order) != len(self.spans):
             raise ValueError("two spans have the same index")
-        for span in spans:
-            if len(span.key) != 32:
-                raise ValueError(f"span {span.index} has a content key of {len(span.key)} bytes, not 32")
-        given = dict(zip((span.index for span in spans), variants, strict=bool(variants)))
-        self._variants = [given.get(span.index) for span in self.spans]
+        for span in self.spans:
+            if len(span.key) != KEY_BYTES:
+                raise ValueError(f"span {span.index} has a content key of {len(span.key)} bytes, not {KEY_BYTES}")
+        self._variants: list[Variant | None] = [None] * len(self.spans)
         self._tokens = bytearray(np.asarray(tokens, np.int32).tobytes())
+        self._first_span = 0  # of the block after the last one in ``_contents``
+        self._contents: list[bytes] = []
+        self._overlaps: list[range] = []  # places of the spans in each block
         seed = [("tenant", tenant.encode())]
-        self._exact_seed = blake3(frame([*seed, ("chain", b"exact")])).digest()
-        self._approx_seed = blake3(frame([*seed, ("chain", b"approx"), ("plan", plan.encode())])).digest()
-        self._exact: list[BlockName] = []
-        self._approx: list[BlockName] = []
+        self._exact = [blake3(frame([*seed, ("chain", b"exact")])).digest()]
+        self._approx = [blake3(frame([*seed, ("chain", b"approx"), ("plan", plan.encode())])).digest()]
 
     @property
     def num_tokens(self) -> int:
@@ -73,24 +66,56 @@ class BlockChain:
     def num_full_blocks(self) -> int:
         return self.num_tokens // self.block_size
 
+    @property
+    def variants(self) -> Variants:
+        return tuple(self._variants)
+
     def extend(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append text tokens (an answer grows); spans never come after the prompt."""
         self._tokens += np.asarray(tokens, np.int32).tobytes()
 
     def set_variant(self, span_index: int, variant: Variant | None) -> None:
-        """Say what a span (by its ``MediaSpan.index``) really reuses; approximate names from there on change."""
-        place = self._order[span_index]
-        if self._variants[place] != variant:
-            self._variants[place] = variant
-            del self._approx[self.spans[place].start // self.block_size :]
+        """Say what a span (by its ``MediaSpan.index``) really reuses, before blocks from there on are inserted."""
+        self.set_variants(self._order[span_index], (variant,))
 
-    def exact(self, block: int) -> BlockName:
-        """Name of a full block in the exact chain. Raises IndexError beyond the last full block."""
-        return self._name(self._exact, self._exact_seed, block, with_variants=False)
+    def set_variants(self, first: int, variants: Variants) -> None:
+        """As ``set_variant`` for consecutive spans by place, the first one in the prompt being 0."""
+        for place, variant in enumerate(variants, first):
+            if variant is not None and len(variant) != VARIANT_BYTES:
+                raise ValueError(f"a variant of {len(variant)} bytes, not {VARIANT_BYTES}")
+            if self._variants[place] != variant:
+                self._variants[place] = variant
+                del self._approx[self.spans[place].start // self.block_size + 1 :]
 
-    def approx(self, block: int) -> BlockName:
-        """Name of a full block in the approximate chain. Raises IndexError beyond the last full block."""
-        return self._name(self._approx, self._approx_seed, block, with_variants=True)
+    def contents(self, block: int) -> bytes:
+        """What a full block holds: tokens (fixed length), then a fixed-length record per span in it. Raises
+        IndexError beyond the last full block."""
+        if not 0 <= block < self.num_full_blocks:
+            raise IndexError(f"block {block} of {self.num_full_blocks} full ones")
+        while len(self._contents) <= block:
+            self._append_contents()
+        return self._contents[block]
+
+    def overlaps(self, block: int) -> range:
+        """Places of the spans that have tokens in a full block."""
+        self.contents(block)
+        return self._overlaps[block]
+
+    def exact_parent(self, block: int) -> bytes:
+        """32-byte digest of everything before a block, in the exact chain."""
+        while len(self._exact) <= block:
+            contents = self.contents(len(self._exact) - 1)
+            self._exact.append(blake3(self._exact[-1] + contents).digest())
+        return self._exact[block]
+
+    def approx_parent(self, block: int) -> bytes:
+        """32-byte digest of everything before a block, in the approximate chain."""
+        while len(self._approx) <= block:
+            last = len(self._approx) - 1
+            reused = (self._variants[place] for place in self.overlaps(last))
+            tail = b"".join(_COMPUTED if variant is None else b"\1" + variant for variant in reused)
+            self._approx.append(blake3(self._approx[-1] + self.contents(last) + tail).digest())
+        return self._approx[block]
 
     def cut(self, num_tokens: int) -> int:
         """``num_tokens``, or the last block boundary below it that does not lie inside a span."""
@@ -99,23 +124,19 @@ class BlockChain:
                 num_tokens = span.start // self.block_size * self.block_size
         return num_tokens
 
-    def _name(self, names: list[BlockName], seed: bytes, block: int, *, with_variants: bool) -> BlockName:
-        if not 0 <= block < self.num_full_blocks:
-            raise IndexError(f"block {block} of {self.num_full_blocks} full ones")
-        while len(names) <= block:
-            parent = names[-1].digest if names else seed
-            contents = self._contents(len(names), with_variants)
-            names.append(BlockName(blake3(parent + contents).digest(), parent, contents))
-        return names[block]
-
-    def _contents(self, block: int, with_variants: bool) -> bytes:
-        """Tokens (fixed length), then one fixed-length record per span that overlaps the block."""
-        start, stop = block * self.block_size, (block + 1) * self.block_size
+    def _append_contents(self) -> None:
+        start = len(self._contents) * self.block_size
+        stop = start + self.block_size
         parts = [bytes(self._tokens[4 * start : 4 * stop])]
-        for span, variant in zip(self.spans, self._variants, strict=True):
+        first = self._first_span
+        while first < len(self.spans) and self.spans[first].end <= start:
+            first += 1
+        place = first
+        while place < len(self.spans) and self.spans[place].start < stop:
+            span = self.spans[place]
             a, b = max(span.start, start), min(span.end, stop)
-            if a < b:
-                parts.append(_PIECE.pack(span.key, a - span.start, a - start, b - a, span.second_per_grid))
-                if with_variants:
-                    parts.append(_NO_VARIANT if variant is None else b"\1" + variant)
-        return b"".join(parts)
+            parts.append(_PIECE.pack(span.key, a - span.start, a - start, b - a, span.second_per_grid))
+            place += 1
+        self._first_span = first
+        self._contents.append(b"".join(parts))
+        self._overlaps.append(range(first, place))
