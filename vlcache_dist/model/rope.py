@@ -16,7 +16,10 @@ def mrope_positions(token_count: int, spans: Sequence[MediaSpan], config: ModelC
 
     ``spans`` are in prompt order and do not overlap. Text counts up on all three axes; a span of grid (t, h, w) starts
     at the running position on all axes, and the text after it continues at start + max(h, w) / merge. The token
-    generated at index i >= token_count has position i + delta on all axes.
+    generated at index i >= token_count has position i + delta on all axes: generated text continues the prompt's text,
+    so it keeps its positions when it comes back as part of the next turn's prompt. transformers' ``generate`` does the
+    same; its ``rope_deltas`` count from the largest position instead, which is another one where a video's t axis
+    runs ahead of the text after it.
 
     The t axis of a video advances by tokens_per_second * second_per_grid per temporal patch, each product truncated to
     an integer (so several patches share an index where the interval is below 1); an image advances by 1. The arithmetic
@@ -42,8 +45,7 @@ def mrope_positions(token_count: int, spans: Sequence[MediaSpan], config: ModelC
         position += max(h, w)
         cursor = span.end
     positions[:, cursor:] = np.arange(position, position + token_count - cursor)
-    delta = int(positions.max()) + 1 - token_count if token_count else 0
-    return positions, delta
+    return positions, position - cursor
 
 
 def _temporal(span: MediaSpan, patches: int, config: ModelConfig) -> np.ndarray:

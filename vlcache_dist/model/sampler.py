@@ -120,7 +120,7 @@ def _draw(logits: torch.Tensor, batch: SamplingBatch, greedy: torch.Tensor) -> t
 
 def _kept(probability: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """bool [n, V]: tokens that top-k and top-p leave."""
-    ranked, ids = probability.sort(-1, descending=True, stable=True)
+    ranked, ids = probability.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ranked.shape[-1], device=ranked.device)
     inside = rank < batch.top_k[:, None]
     ranked = ranked * inside
