@@ -186,7 +186,7 @@ class PromptBuilder:
         keys: Sequence[ContentKey],
         metas: Sequence[MediaMeta],
         *,
-        max_tokens: int | None = 1,
+        max_tokens: int = 1,
     ) -> Prompt:
         """``keys`` and ``metas`` belong to ``conversation.media``, in order. ``max_tokens``: the answer that must fit
         behind the prompt. Raises PromptTooLong, or BadRequest if the template rejects the messages."""
@@ -215,10 +215,10 @@ class PromptBuilder:
                 ids.append(special)
         if len(spans) != len(metas):
             raise BadRequest(f"the model's chat template shows {len(spans)} of {len(metas)} media items")
-        if len(ids) + (max_tokens or 0) > self.max_model_len:
+        if len(ids) + max_tokens > self.max_model_len:
             raise PromptTooLong(
                 f"{len(ids)} prompt tokens ({sum(span.length for span in spans)} of them vision tokens) and "
-                f"{max_tokens or 0} for the answer exceed the model's {self.max_model_len}"
+                f"{max_tokens} for the answer exceed the model's {self.max_model_len}"
             )
         return Prompt(tuple(ids), tuple(spans))
 
