@@ -130,9 +130,7 @@ def draw_prompt(rng: np.random.Generator, config: Qwen2_5_VLConfig, images: int,
         if kind == "video":
             seconds = float(rng.choice([0.1, 0.25, 0.7, 1.0, 3.3] if FRACTIONAL_SECONDS else [1.0, 2.0, 4.0]))
         prompt.text([52])
-        prompt.spans.append(
-            MediaSpan(b"", len(prompt.token_ids), length, grid, str(kind), seconds, len(prompt.spans))
-        )
+        prompt.spans.append(MediaSpan(b"", len(prompt.token_ids), length, grid, str(kind), seconds, len(prompt.spans)))
         prompt.token_ids += [50 if kind == "image" else 51] * length
         prompt.types += [1 if kind == "image" else 2] * length
         prompt.patches.append(torch.from_numpy(rng.normal(size=(int(np.prod(grid)), patch)).astype(np.float32)))
@@ -141,11 +139,19 @@ def draw_prompt(rng: np.random.Generator, config: Qwen2_5_VLConfig, images: int,
     return prompt
 
 
-def to_hub_form(folder: Path) -> None:
-    """Rewrite a checkpoint that transformers 5 saved into the hub's key names and flat configuration."""
+def save_checkpoint(
+    model: Qwen2_5_VLForConditionalGeneration, folder: Path, *, hub: bool = False, shard_size: str = "5GB"
+) -> Path:
+    """Write a checkpoint in transformers 5's names and nested configuration, or in the hub's names and flat one.
+
+    Which names ``save_pretrained`` itself chooses depends on the version of transformers."""
+    model.save_pretrained(folder, max_shard_size=shard_size)
 
     def rename(name: str) -> str:
-        return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        bare = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        if hub or bare.startswith("lm_head."):
+            return bare
+        return f"model.{bare}" if bare.startswith("visual.") else bare.replace("model.", "model.language_model.", 1)
 
     for path in folder.glob("*.safetensors"):
         tensors = {rename(name): tensor for name, tensor in load_file(path).items()}
@@ -154,6 +160,12 @@ def to_hub_form(folder: Path) -> None:
         index = json.loads(path.read_text())
         index["weight_map"] = {rename(name): file for name, file in index["weight_map"].items()}
         path.write_text(json.dumps(index))
+    if hub:
+        _flatten_config(folder)
+    return folder
+
+
+def _flatten_config(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     text = config.pop("text_config")
     rope = text.pop("rope_parameters")

@@ -16,7 +16,7 @@ from model_oracle import (
     draw_model,
     draw_prompt,
     relative,
-    to_hub_form,
+    save_checkpoint,
 )
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -45,9 +45,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     config = draw_config(rng)
     oracle = draw_model(config, seed)
     folder: Path = tmp_path_factory.mktemp(f"draw{seed}")
-    oracle.save_pretrained(folder, max_shard_size="50KB" if seed % 2 else "5GB")
-    if seed % 4 >= 2:
-        to_hub_form(folder)
+    save_checkpoint(oracle, folder, hub=seed % 4 >= 2, shard_size="50KB" if seed % 2 else "5GB")
     runner = PagedRunner(Checkpoint(folder), seed)
     prompts = [draw_prompt(rng, config, images=seed % 5, videos=seed % 3 % 2), draw_prompt(rng, config, 1, 0)]
     prompts += [draw_prompt(rng, config, 0, seed % 2)] if seed % 3 else []

@@ -1,4 +1,4 @@
-"""The language model: active rows through the layers, over paged KV. ``model.batch`` defines rows, depth and segments."""
+"""The language model: active rows through the layers, over paged KV (``model.batch``: rows, depth, segments)."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def _temporal(span: MediaSpan, patches: int, config: ModelConfig) -> np.ndarray:
 
 
 class MRope:
-    """Rotary angles of the language model. cos and sin stay fp32, where transformers casts them to the model's dtype."""
+    """Rotary angles of the language model. cos and sin stay fp32; transformers casts them to the model's dtype."""
 
     def __init__(self, config: TextConfig, device: torch.device | str) -> None:
         dim = config.head_dim

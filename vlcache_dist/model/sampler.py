@@ -94,8 +94,8 @@ class Sampled:
 
 @torch.inference_mode()
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
-    """logits fp32 [n, V]. Temperature first, then top-k, then top-p over what top-k left, as transformers does; the most
-    likely token is always kept. No host synchronization."""
+    """logits fp32 [n, V]. Temperature first, then top-k, then top-p over what top-k left, as transformers does; the
+    most likely token is always kept. No host synchronization."""
     tokens = logits.argmax(-1)
     if not batch.all_greedy:
         greedy = batch.temperature == 0

@@ -36,7 +36,7 @@ class VisionLayout:
 
 
 def vision_layout(grids: Sequence[Grid], config: VisionConfig) -> VisionLayout:
-    """Lay out a batch. ``grids`` are (t, h, w) in patches. Raises ValueError for sides that the merge does not divide."""
+    """Lay out a batch. ``grids``: (t, h, w) in patches. Raises ValueError for sides that the merge does not divide."""
     parts = [_image(tuple(grid), config) for grid in grids]
     starts = np.cumsum([0, *(len(part[0]) for part in parts)])
     order = np.concatenate([part[0] + start for part, start in zip(parts, starts, strict=False)])

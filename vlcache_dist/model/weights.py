@@ -31,8 +31,8 @@ _SAMPLES, _SAMPLE_BYTES = 8, 4096
 
 
 def resolve(name: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: ``tiny`` (bundled with the package), a local folder, or a hub name, which is downloaded
-    into the hub's cache. Raises CheckpointError if there is no such thing, or if the hub cannot be reached."""
+    """The folder of a checkpoint: ``tiny`` (bundled with the package), a local folder, or a hub name, which is
+    downloaded into the hub's cache. Raises CheckpointError if there is no such thing or the hub cannot be reached."""
     if name == BUNDLED:
         return Path(str(resources.files("vlcache_dist") / "data" / BUNDLED))
     if Path(name).is_dir():
@@ -76,8 +76,9 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits that name the weights: BLAKE3 over both models' shapes and, per tensor in the order of canonical
-        names, name, dtype, shape and a sample of its bytes (8 blocks of 4 KiB spread over the tensor; smaller ones whole).
+        """64 hex digits that name the weights: BLAKE3 over both models' configurations and, per tensor in the order of
+        canonical names, name, dtype, shape and a sample of its bytes (8 blocks of 4 KiB spread over the tensor; tensors
+        up to 32 KiB whole).
 
         It does not depend on file names, sharding or naming style, and costs ~24 MB of reading for a 7B model. It tells
         trainings apart; it is no protection against somebody who alters unsampled weights on purpose.
@@ -115,7 +116,8 @@ class Checkpoint:
         expected = {n: tuple(t.shape) for n, t in (language.parameters() | tower.parameters()).items()}
         missing = [name for name in expected if name not in self.tensors]
         if missing:
-            raise CheckpointError(f"{self.folder}: missing tensor {_named(missing)}")
+            hub = any(tensor.name != name for name, tensor in self.tensors.items())
+            raise CheckpointError(f"{self.folder}: missing tensor {_named([_hub(n) if hub else n for n in missing])}")
         extra = [tensor.name for name, tensor in self.tensors.items() if name not in expected]
         if self.config.tie_word_embeddings and "lm_head.weight" in extra and self._duplicates_embedding():
             extra.remove("lm_head.weight")
@@ -164,6 +166,10 @@ def _canonical(name: str) -> str:
     return name
 
 
+def _hub(canonical: str) -> str:
+    return canonical.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
 def _index(folder: Path) -> dict[str, StoredTensor]:
     """Canonical name -> tensor, from the headers of the files that the index names, or of the single file."""
     index = folder / "model.safetensors.index.json"
@@ -187,12 +193,14 @@ def _header(path: Path) -> list[StoredTensor]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length))
+            size = file.seek(0, 2)
     except (OSError, ValueError, struct.error) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
-    return [
-        StoredTensor(
-            path, name, entry["dtype"], tuple(entry["shape"]), *(8 + length + x for x in entry["data_offsets"])
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    ]
+    header.pop("__metadata__", None)
+    tensors = []
+    for name, entry in header.items():
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        if end > size:
+            raise CheckpointError(f"{path}: truncated, tensor {name} ends at byte {end} of {size}")
+        tensors.append(StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), begin, end))
+    return tensors
