@@ -41,8 +41,8 @@ class Compute:
 @dataclass(frozen=True, slots=True)
 class Reuse:
     """Take the span's KV from ``kv`` (committed, pinned). ``depths`` int [length]: in how many layers each token is
-    recomputed (``Plan.depths``). ``embedding`` as in ``Compute``; required where any depth is above 0. The rest is
-    provenance for the report."""
+    recomputed (``Plan.depths``). ``embedding`` as in ``Compute``; its first rows, up to the last one that is recomputed,
+    are enough, and None if there is none. The rest is provenance for the report."""
 
     kv: Extent
     depths: np.ndarray
@@ -101,8 +101,8 @@ class PrefillDone:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One generated token. After ``finish`` (or at once in PREFILL mode unless it is parked) the engine has forgotten
-    the request. The end-of-sequence token is delivered too, with ``finish == STOP``."""
+    """One generated token. After one with ``finish`` the engine has forgotten the request, in PREFILL mode too. The
+    end-of-sequence token is delivered as well, with ``finish == STOP``."""
 
     request_id: str
     token_id: int
@@ -136,9 +136,9 @@ class DerivableSpan:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """KV of positions [0, num_tokens). ``rows``: half-open position ranges, packed in order into ``staging`` (committed,
-    owned by the engine until ``release``; None if there are no rows). Every other position lies in one of ``spans``,
-    whose objects stay pinned until ``release``."""
+    """KV of positions [0, num_tokens). ``rows``: half-open position ranges, packed in order into ``staging``
+    (committed, owned by the engine until ``release``; None if there are no rows). Every other position lies in one of
+    ``spans``, whose objects stay pinned until ``release``."""
 
     num_tokens: int
     rows: tuple[tuple[int, int], ...]
@@ -149,7 +149,7 @@ class Export:
 @dataclass(frozen=True, slots=True)
 class Import:
     """The other side of an ``Export``, in this worker's arena. ``objects``: KV extents of the derivable spans by span
-    index, committed and pinned, of the exported variants. ``staging``: filled by a READ (FILLING or COMMITTED)."""
+    index, committed and pinned, of the exported variants. ``staging``: filled by a READ that is over, not committed."""
 
     num_tokens: int
     rows: tuple[tuple[int, int], ...]

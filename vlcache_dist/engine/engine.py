@@ -13,72 +13,506 @@ It is computed up to the first span that has no source yet.
 
 from __future__ import annotations
 
-from vlcache_dist.engine.api import Compute, EngineStats, Event, Export, Import, Mode, Reuse
-from vlcache_dist.kv.object_store import ObjectStore
-from vlcache_dist.types import Variant
+import logging
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlcache_dist.engine.api import (
+    Admitted,
+    Compute,
+    EngineStats,
+    Event,
+    Export,
+    Failed,
+    Import,
+    Mode,
+    PrefillDone,
+    RecordDropped,
+    Reuse,
+    SpanRecorded,
+    TokenEvent,
+)
+from vlcache_dist.engine.batch import ChunkWork, StepBatch, build_step
+from vlcache_dist.engine.handoff import HandoverBook
+from vlcache_dist.engine.origins import SlotOrigins
+from vlcache_dist.engine.runner import Runner
+from vlcache_dist.engine.scheduler import Scheduler
+from vlcache_dist.engine.sequence import Sequence, SpanState
+from vlcache_dist.errors import BadRequest, EngineError, Overloaded, PromptTooLong, VLCacheError
+from vlcache_dist.kv.block_chain import BlockChain
+from vlcache_dist.kv.object_store import Extent, ObjectStore
+from vlcache_dist.kv.paged_pool import PagedPool
+from vlcache_dist.kv.prefix_cache import PrefixCache, PrefixMatch
+from vlcache_dist.model.config import ModelConfig
+from vlcache_dist.model.rope import mrope_positions
+from vlcache_dist.types import FinishReason, ObjectKind, ReuseMode, TokenLogprobs, Variant
 from vlcache_dist.wire import Generation
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3  #: in a row; then the device is taken for broken and ``step`` raises
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """``max_batch_tokens`` rows per step, ``max_running`` admitted and ``max_waiting`` queued requests,
+    ``max_model_len`` tokens of prompt and answer."""
+
+    block_size: int
+    max_batch_tokens: int
+    max_running: int
+    max_waiting: int
+    max_model_len: int
+
+
+def new_variant() -> Variant:
+    """A fresh name for the result of one computation."""
+    return os.urandom(16)
 
 
 class Engine:
-    """Owns the paged pool and both prefix caches; shares ``store`` and its arena with the worker."""
+    """Owns the paged pool and both prefix caches; shares ``store`` and the runner's arena with the worker."""
 
-    store: ObjectStore
+    def __init__(self, config: EngineConfig, model: ModelConfig, runner: Runner, store: ObjectStore) -> None:
+        if runner.pages.shape[3] != config.block_size:
+            raise ValueError(f"pages have blocks of {runner.pages.shape[3]} tokens, not {config.block_size}")
+        self.config = config
+        self.model = model
+        self.runner = runner
+        self.store = store
+        self.pool = PagedPool(runner.pages.shape[2])
+        self.prefix = PrefixCache(self.pool)
+        self.layout = runner.arena.layout
+        self._scheduler = Scheduler(config.max_batch_tokens, config.max_running)
+        self._sequences: dict[str, Sequence] = {}
+        self._parked: dict[str, Sequence] = {}
+        self._origins = SlotOrigins(self.pool.num_blocks * config.block_size)
+        self._handovers = HandoverBook(store, runner, self._origins, self.layout)
+        self._events: list[Event] = []
+        self._no_blocks = False  # for the head of the queue, until somebody gives some back
+        self._failed_steps = 0
+        self._counters: Counter[str] = Counter()
+        self._layer_rows = np.zeros(self.layout.num_layers, np.int64)
+        self._layer_query_rows = np.zeros(self.layout.num_layers, np.int64)
+
+    # -- requests -----------------------------------------------------------------------------------------------
 
     def add(self, generation: Generation, now: float, mode: Mode = Mode.GENERATE) -> None:
-        """Queue a request. Raises PromptTooLong if it can never fit, Overloaded if the queue is full, ValueError for a
-        request id in use. ``Admitted`` follows from a later ``step``. Sources may be provided before or after it;
-        those for spans that turn out to lie in the prefix cache are given back unused. A worker should
-        not claim the production of an object before ``Admitted``: a request that waits here makes no progress."""
-        raise NotImplementedError
+        """Queue a request. Raises PromptTooLong if it can never fit, BadRequest if nothing is to be generated or the
+        prompt is empty or ends in a picture, Overloaded if the queue is full, ValueError for a request id in use or
+        spans that do not fit the prompt. ``Admitted`` follows from a later ``step``. Sources may be provided before
+        or after it; those for spans that turn out to lie in the prefix cache are given back unused. A worker should not
+        claim the production of an object before ``Admitted``: a request that waits here makes no progress."""
+        if generation.request_id in self._sequences:
+            raise ValueError(f"request {generation.request_id} is here already")
+        if len(self._scheduler.waiting) >= self.config.max_waiting:
+            raise Overloaded(f"{self.config.max_waiting} requests wait already")
+        sampling, num_prompt = generation.sampling, len(generation.token_ids)
+        if sampling.max_tokens <= generation.num_generated:
+            raise BadRequest(f"max_tokens {sampling.max_tokens}: nothing is left to generate")
+        if num_prompt == 0 or (generation.spans and generation.spans[-1].end == num_prompt):
+            raise BadRequest("a prompt must end with text")
+        if num_prompt - generation.num_generated + sampling.max_tokens > self.config.max_model_len:
+            raise PromptTooLong(
+                f"{num_prompt} prompt tokens and {sampling.max_tokens} for the answer: "
+                f"more than {self.config.max_model_len}"
+            )
+        positions, delta = mrope_positions(num_prompt, generation.spans, self.model)
+        sequence = Sequence(
+            generation,
+            mode,
+            positions,
+            delta,
+            self._chain(generation, mode),
+            num_layers=self.layout.num_layers,
+            block_size=self.config.block_size,
+            arrived=now,
+        )
+        if (needed := self._blocks_for(sequence)) > self.pool.num_blocks:
+            raise PromptTooLong(
+                f"prompt and answer need {needed} KV blocks of {self.config.block_size} tokens, there are "
+                f"{self.pool.num_blocks}"
+            )
+        self._sequences[sequence.request_id] = sequence
+        self._scheduler.waiting.append(sequence)
 
     def recordable(self, request_id: str, span_index: int) -> bool:
-        """True if the span, given a ``Compute`` source now, may be recorded: the request is not ``off``, no earlier span
-        is approximated, none of it lies in the prefix cache, and it is the first of its key in the prompt. Meaningful
-        once all earlier spans have their sources."""
-        raise NotImplementedError
+        """True if the span, given a ``Compute`` source now, may be recorded: the request is not ``off``, no earlier
+        span is approximated, none of it lies in the prefix cache, and it is the first of its key in the prompt.
+        Meaningful once all earlier spans have their sources. False for an unknown request."""
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and sequence.recordable(span_index)
 
     def provide(self, request_id: str, span_index: int, source: Compute | Reuse) -> None:
         """Give a span its source; takes over its extents (see ``engine.api``) also if the request is gone or the source
         is not needed. Raises ValueError (nothing is taken over) for a source that does not fit the span or the
         request's reuse mode, or a span that has one already."""
-        raise NotImplementedError
+        sequence = self._sequences.get(request_id)
+        if sequence is None or not sequence.spans[span_index].needs_source:
+            if sequence is not None and sequence.spans[span_index].source is not None:
+                raise ValueError(f"span {span_index} of {request_id} has its source already")
+            self._give_back(source)
+            if isinstance(source, Compute) and source.record is not None:
+                self._events.append(RecordDropped(request_id, span_index, source.record.key))
+            return
+        self._check_source(sequence, span_index, source)
+        if not sequence.blocks:
+            if span_index in sequence.early:
+                raise ValueError(f"span {span_index} of {request_id} has its source already")
+            sequence.early[span_index] = source
+            return
+        self._take_source(sequence, span_index, source)
 
     def abort(self, request_id: str, now: float) -> bool:
         """Forget a request in any state, parked included, and free all it held. False if there is no such request.
         Records under way are dropped; their ``RecordDropped`` events come with the next ``step``."""
-        raise NotImplementedError
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        self._counters["aborted"] += 1
+        self._forget(sequence)
+        return True
+
+    # -- the loop -----------------------------------------------------------------------------------------------
 
     def step(self, now: float) -> list[Event]:
-        """Admit, run one forward pass, return what happened. Device work that events speak of is finished."""
-        raise NotImplementedError
+        """Admit, run one forward pass, return what happened. Device work that events speak of is finished. Raises
+        EngineError when several passes in a row have failed: the device must be taken for broken."""
+        self._admit(now)
+        work = self._scheduler.schedule()
+        if work:
+            self._run(work, now)
+        events, self._events = self._events, []
+        return events
 
     def has_work(self) -> bool:
         """True if ``step`` would do something now (a request that only waits for a source is no work)."""
-        raise NotImplementedError
+        if self._events or self._scheduler.can_run():
+            return True
+        return not self._no_blocks and self._scheduler.next_waiting() is not None
+
+    def _admit(self, now: float) -> None:
+        while (sequence := self._scheduler.next_waiting()) is not None:
+            if self._no_blocks or not self._reserve(sequence):
+                self._no_blocks = True
+                return
+            self._scheduler.admitted()
+            sequence.admitted_at = now
+            early, sequence.early = sequence.early, {}
+            for index in sorted(early):
+                if sequence.spans[index].needs_source:
+                    self._take_source(sequence, index, early[index])
+                else:
+                    self._return_source(sequence, index, early[index])
+            needed = tuple(i for i, state in enumerate(sequence.spans) if state.needs_source)
+            if sequence.mode is Mode.DECODE:
+                needed = ()
+            self._events.append(Admitted(sequence.request_id, needed, sequence.prefix_tokens))
+
+    def _run(self, work: list[tuple[Sequence, ChunkWork]], now: float) -> None:
+        chunks = [chunk for _, chunk in work]
+        sampled = [sequence for sequence, chunk in work if chunk.sample]
+        try:
+            batch = build_step(
+                chunks,
+                num_layers=self.layout.num_layers,
+                block_size=self.config.block_size,
+                kv_row=self.layout.kv_row,
+                hidden=self.layout.hidden,
+            )
+            tokens, logprobs = self.runner.execute(
+                batch, [s.sampling for s in sampled], [s.num_generated for s in sampled]
+            )
+        except Exception as error:
+            self._failed_steps += 1
+            log.exception("a forward pass of %d sequences failed", len(work))
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise EngineError(f"{self._failed_steps} forward passes in a row failed: {error}") from error
+            for sequence, _ in work:
+                self._fail(sequence, EngineError(f"forward pass: {type(error).__name__}: {error}"))
+            return
+        self._failed_steps = 0
+        self._count(work, batch)
+        for sequence, chunk in work:
+            self._written(sequence, chunk)
+        for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
+            self._token(sequence, token, logprob, now)
+
+    def _written(self, sequence: Sequence, chunk: ChunkWork) -> None:
+        """The chunk's KV is in the pages: commit records, let go of sources, offer blocks to the prefix caches."""
+        for index, state in enumerate(sequence.spans):
+            if state.work is None or state.span.start >= chunk.end:
+                continue
+            self._trace(sequence, state, chunk)
+            if state.span.end <= chunk.end:
+                self._span_done(sequence, index, state)
+        sequence.num_computed = chunk.end
+        sequence.offer(self.prefix)
+
+    def _span_done(self, sequence: Sequence, index: int, state: SpanState) -> None:
+        keep = sequence.mode is Mode.PREFILL
+        if state.record is not None:
+            extent, state.record = self.store.commit(state.record, pin=keep), None
+            self._origins.set(sequence.slots(state.span.start, state.span.end), extent.key, extent.variant)
+            if keep:
+                state.held.append(extent)
+            self._counters["spans_recorded"] += 1
+            self._events.append(SpanRecorded(sequence.request_id, index, extent))
+        state.work = None
+        self._unhold(state, keep_kv=keep)
+
+    def _token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
+        if sequence.num_tokens == sequence.num_prompt:
+            self._prefill_done(sequence, now)
+        sequence.append(token)
+        self._counters["generated_tokens"] += 1
+        finish = None
+        if token in self.model.eos_token_ids and not sequence.sampling.ignore_eos:
+            finish = FinishReason.STOP
+        elif sequence.num_generated >= sequence.sampling.max_tokens:
+            finish = FinishReason.LENGTH
+        self._events.append(TokenEvent(sequence.request_id, token, logprobs, finish))
+        if finish is not None:
+            self._counters["finished"] += 1
+            self._forget(sequence)
+        elif sequence.mode is Mode.PREFILL:
+            self._scheduler.remove(sequence)
+            self._parked[sequence.request_id] = sequence
+
+    def _prefill_done(self, sequence: Sequence, now: float) -> None:
+        self._events.append(
+            PrefillDone(
+                sequence.request_id,
+                tuple(state.report(self.layout.num_layers) for state in sequence.spans),
+                sequence.cached_tokens(),
+                sequence.computed_rows,
+                queue_s=sequence.admitted_at - sequence.arrived,
+                compute_s=now - sequence.admitted_at,
+            )
+        )
+
+    # -- prefill to decode --------------------------------------------------------------------------------------
 
     def export(self, request_id: str, now: float) -> Export:
         """Pack the parked sequence's rows that no image object can rebuild. Idempotent. Raises StoreFull (try again
         later, or give up and ``release``), ValueError if the request is not parked."""
-        raise NotImplementedError
+        sequence = self._parked.get(request_id)
+        if sequence is None:
+            raise ValueError(f"request {request_id} is not parked")
+        if sequence.handover is None:
+            sequence.handover = self._handovers.export(sequence, now)
+        return sequence.handover.export
 
     def release(self, request_id: str) -> bool:
         """End a parked sequence: blocks (prefix caches keep their copies), staging, pins. False if there is none."""
-        raise NotImplementedError
+        sequence = self._parked.get(request_id)
+        if sequence is None:
+            return False
+        self._counters["finished"] += 1
+        self._forget(sequence)
+        return True
 
     def import_sequence(self, request_id: str, first_token: int, kv: Import, now: float) -> None:
-        """Fill an admitted DECODE request's pages and go on behind ``first_token``. Takes over ``kv``'s extents also
-        if the request is gone; staging is discarded on return. Raises ValueError (nothing is taken over) if
-        the rows and objects do not cover the positions."""
-        raise NotImplementedError
+        """Fill an admitted DECODE request's pages and go on behind ``first_token``. Takes over ``kv``'s extents also if
+        the request is gone; staging is freed on return. Raises ValueError (nothing is taken over) if the rows and
+        objects do not cover the positions exactly, or the request does not wait for its KV."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            if sequence.has_kv or not sequence.blocks:
+                raise ValueError(f"request {request_id} does not wait for its KV")
+            self._handovers.check_import(sequence, kv)
+            self._handovers.fill(sequence, kv)
+            sequence.has_kv = True
+            sequence.num_computed = sequence.num_prompt
+            sequence.append(first_token)
+        self._handovers.drop_import(kv)
+
+    # -- reports ------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        raise NotImplementedError
+        prefix, waiting = self.prefix.stats(), tuple(self._scheduler.waiting)
+        rows = sum(s.waiting_rows() for s in (*waiting, *self._scheduler.running))
+        count = self._counters
+        return EngineStats(
+            waiting=len(waiting),
+            running=len(self._scheduler.running),
+            parked=len(self._parked),
+            waiting_tokens=rows,
+            blocks_free=self.pool.num_free,
+            blocks_total=self.pool.num_blocks,
+            steps=count["steps"],
+            finished=count["finished"],
+            aborted=count["aborted"],
+            failed=count["failed"],
+            prompt_tokens=count["prompt_tokens"],
+            generated_tokens=count["generated_tokens"],
+            exact_hit_tokens=prefix.exact_hit_tokens,
+            approx_hit_tokens=prefix.approx_hit_tokens,
+            scattered_tokens=count["scattered_tokens"],
+            spans_recorded=count["spans_recorded"],
+            spans_reused=count["spans_reused"],
+            layer_rows=tuple(self._layer_rows.tolist()),
+            layer_query_rows=tuple(self._layer_query_rows.tolist()),
+        )
 
     def validate(self) -> None:
         """Raise AssertionError unless blocks, pins and extents add up with the requests that hold them."""
-        raise NotImplementedError
+        self.store.validate()
+        self.prefix.validate()
+        waiting, running = list(self._scheduler.waiting), list(self._scheduler.running)
+        everybody = [*waiting, *running, *self._parked.values()]
+        assert sorted(s.request_id for s in everybody) == sorted(self._sequences), "a request is lost or listed twice"
+        references = Counter(block for sequence in everybody for block in sequence.blocks)
+        for block in range(self.pool.num_blocks):
+            assert self.pool.references(block) == references[block], f"block {block} has a reference nobody holds"
+        for sequence in waiting:
+            assert not sequence.blocks, "a waiting request holds blocks"
+        for sequence in (*running, *self._parked.values()):
+            assert len(sequence.blocks) == self._blocks_for(sequence)
+            assert sequence.num_computed <= sequence.num_tokens <= sequence.capacity + 1
 
+    # -- inside -------------------------------------------------------------------------------------------------
 
-def new_variant() -> Variant:
-    """A fresh name for a computation's result."""
-    raise NotImplementedError
+    def _blocks_for(self, sequence: Sequence) -> int:
+        return -(-sequence.capacity // self.config.block_size)
+
+    def _chain(self, generation: Generation, mode: Mode) -> BlockChain | None:
+        if mode is Mode.DECODE or generation.reuse is ReuseMode.OFF:
+            return None
+        return BlockChain(
+            np.array(generation.token_ids, np.int32),
+            generation.spans,
+            block_size=self.config.block_size,
+            tenant=generation.tenant,
+            plan=generation.plan,
+        )
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Start with what the prefix caches have and allocate the remaining blocks; False if they are not free."""
+        if sequence.chain is None:
+            match = PrefixMatch((), 0, None)
+        else:
+            match = self.prefix.match(sequence.chain, sequence.reuse)
+        fresh = self.pool.allocate(self._blocks_for(sequence) - len(match.blocks))
+        if fresh is None:
+            self.pool.free(match.blocks)
+            return False
+        sequence.place([*match.blocks, *fresh], match.num_tokens, match.tainted_from)
+        return True
+
+    def _check_source(self, sequence: Sequence, index: int, source: Compute | Reuse) -> None:
+        span, where = sequence.spans[index].span, f"span {index} of {sequence.request_id}"
+        if sequence.mode is Mode.DECODE:
+            raise ValueError(f"{where}: a DECODE request takes its KV from import_sequence")
+        kv = source.record if isinstance(source, Compute) else source.kv
+        if kv is not None and (kv.elements != self.layout.kv_elements(span.length) or kv.key != span.key):
+            raise ValueError(f"{where}: the KV extent is another one's")
+        rows = span.length
+        if isinstance(source, Compute):
+            if source.record is not None and sequence.reuse is ReuseMode.OFF:
+                raise ValueError(f"{where}: reuse=off records nothing")
+        else:
+            if sequence.reuse is not ReuseMode.APPROX:
+                raise ValueError(f"{where}: reuse={sequence.reuse} takes no image KV")
+            if source.depths.shape != (span.length,) or source.depths.max() > self.layout.num_layers:
+                raise ValueError(f"{where}: depths {source.depths.shape} do not fit {span.length} tokens")
+            recomputed = np.flatnonzero(source.depths)
+            rows = int(recomputed[-1]) + 1 if len(recomputed) else 0
+        have = 0 if source.embedding is None else source.embedding.elements
+        if have < self.layout.embedding_elements(rows):
+            raise ValueError(f"{where}: {rows} tokens are computed, the encoder output given has {have} elements")
+
+    def _take_source(self, sequence: Sequence, index: int, source: Compute | Reuse) -> None:
+        state = sequence.spans[index]
+        if source.embedding is not None:
+            state.held.append(source.embedding)
+        if isinstance(source, Reuse):
+            state.held.append(source.kv)
+            self._counters["spans_reused"] += 1
+        elif source.record is not None:
+            if sequence.recordable(index):
+                state.record = source.record
+            else:
+                self.store.abort(source.record)
+                self._events.append(RecordDropped(sequence.request_id, index, source.record.key))
+        sequence.give_source(index, source)
+        if isinstance(source, Reuse):
+            for later, other in enumerate(sequence.spans):
+                if other.record is not None and not sequence.recordable(later):
+                    self._drop_record(sequence, later)
+
+    def _return_source(self, sequence: Sequence, index: int, source: Compute | Reuse) -> None:
+        """A source that is not needed."""
+        if isinstance(source, Compute) and source.record is not None:
+            self._events.append(RecordDropped(sequence.request_id, index, source.record.key))
+        self._give_back(source)
+
+    def _give_back(self, source: Compute | Reuse) -> None:
+        if source.embedding is not None:
+            self._let_go(source.embedding)
+        if isinstance(source, Reuse):
+            self._let_go(source.kv)
+        elif source.record is not None:
+            self.store.abort(source.record)
+
+    def _let_go(self, extent: Extent) -> None:
+        self.store.unpin(extent)
+        if extent.kind is ObjectKind.STAGING:
+            self.store.discard(extent)
+
+    def _unhold(self, state: SpanState, *, keep_kv: bool) -> None:
+        kept = [extent for extent in state.held if keep_kv and extent.kind is ObjectKind.KV]
+        for extent in state.held:
+            if extent not in kept:
+                self._let_go(extent)
+        state.held = kept
+
+    def _drop_record(self, sequence: Sequence, index: int) -> None:
+        record = sequence.drop_record(index)
+        if record is not None:
+            self.store.abort(record)
+            self._events.append(RecordDropped(sequence.request_id, index, record.key))
+
+    def _trace(self, sequence: Sequence, state: SpanState, chunk: ChunkWork) -> None:
+        """Remember which of the chunk's slots hold an object's rows unchanged."""
+        source, start = state.source, state.span.start
+        a, b = max(start, chunk.start), min(state.span.end, chunk.end)
+        if isinstance(source, Reuse) and a < b:
+            copied = source.depths[a - start : b - start] == 0
+            self._origins.set(sequence.slots(a, b)[copied], source.kv.key, source.kv.variant)
+
+    def _count(self, work: list[tuple[Sequence, ChunkWork]], batch: StepBatch) -> None:
+        self._layer_rows += batch.rows_kv
+        self._layer_query_rows += batch.rows_q
+        self._origins.clear(batch.slots)
+        self._counters["steps"] += 1
+        self._counters["scattered_tokens"] += len(batch.scatter_src)
+        layers = np.minimum(batch.row_depth, self.layout.num_layers)
+        rows = np.bincount(batch.row_chunk, weights=layers, minlength=len(work))
+        for (sequence, chunk), count in zip(work, rows.tolist(), strict=True):
+            if sequence.prefilling:
+                sequence.computed_rows += int(count)
+                self._counters["prompt_tokens"] += chunk.end - chunk.start
+
+    def _fail(self, sequence: Sequence, error: VLCacheError) -> None:
+        self._counters["failed"] += 1
+        self._forget(sequence)
+        self._events.append(Failed(sequence.request_id, error))
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Give back everything a request holds, in any state."""
+        del self._sequences[sequence.request_id]
+        if self._parked.pop(sequence.request_id, None) is None:
+            self._scheduler.remove(sequence)
+        for index, source in sequence.early.items():
+            self._return_source(sequence, index, source)
+        for index, state in enumerate(sequence.spans):
+            self._drop_record(sequence, index)
+            self._unhold(state, keep_kv=False)
+        if sequence.handover is not None:
+            self._handovers.drop_export(sequence.handover)
+        self.pool.free(sequence.blocks)
+        self._no_blocks = False

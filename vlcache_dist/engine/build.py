@@ -1,0 +1,96 @@
+"""From a checkpoint and settings to a running engine: device, dtype, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vlcache_dist.config import EngineSettings, ModelSettings
+from vlcache_dist.engine.engine import Engine, EngineConfig
+from vlcache_dist.engine.runner import Runner
+from vlcache_dist.kv.arena import TORCH_DTYPES, Arena, allocate_pages, free_bytes, plan_memory
+from vlcache_dist.kv.layout import KVLayout
+from vlcache_dist.kv.object_store import ObjectStore
+from vlcache_dist.model.config import ModelConfig
+from vlcache_dist.model.language import LanguageModel
+
+CPU_KV_BYTES = 256 << 20
+MAX_WAITING = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model computes, and in what."""
+
+    device: torch.device
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype]
+
+    @classmethod
+    def of(cls, settings: ModelSettings) -> Placement:
+        """``auto``: the first GPU and bf16 if there is one, else CPU and fp32."""
+        name = settings.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
+        if settings.dtype != "auto":
+            return cls(device, settings.dtype)
+        return cls(device, "bfloat16" if device.type == "cuda" else "float32")
+
+
+def kv_layout(config: ModelConfig, fingerprint: str, dtype: str) -> KVLayout:
+    """The shape of this model's KV and embeddings; ``fingerprint`` names its weights."""
+    text = config.text
+    return KVLayout(text.num_layers, text.num_kv_heads, text.head_dim, text.hidden_size, dtype, fingerprint)
+
+
+def build_store(layout: KVLayout, settings: EngineSettings, device: torch.device) -> tuple[Arena, ObjectStore]:
+    """The arena for image KV, encoder output and staging, and its book. Raises ConfigError if it is too small."""
+    plan = plan_memory(
+        layout,
+        settings.block_size,
+        pages_bytes=layout.kv_token * settings.block_size * layout.itemsize,
+        arena_bytes=settings.store_bytes,
+    )
+    arena = Arena(layout, plan.arena_elements, device)
+    return arena, ObjectStore(plan.arena_elements, alignment=arena.alignment)
+
+
+def build_engine(
+    model: LanguageModel,
+    config: ModelConfig,
+    settings: EngineSettings,
+    arena: Arena,
+    store: ObjectStore,
+    *,
+    max_model_len: int | None = None,
+) -> Engine:
+    """An engine on the model's device that shares ``arena`` and ``store``. The arena must be allocated before: pages take
+    a share of what is free then. Raises ConfigError if memory holds no block."""
+    layout = arena.layout
+    pages_bytes = settings.kv_bytes
+    if pages_bytes is None and model.device.type == "cpu":
+        pages_bytes = CPU_KV_BYTES
+    if pages_bytes is None:
+        pages_bytes = int(free_bytes(model.device) * settings.kv_fraction)
+    plan = plan_memory(
+        layout, settings.block_size, pages_bytes=pages_bytes, arena_bytes=arena.tensor.numel() * layout.itemsize
+    )
+    pages = allocate_pages(layout, plan.num_blocks, settings.block_size, model.device)
+    limit = config.text.max_position_embeddings
+    return Engine(
+        EngineConfig(
+            block_size=settings.block_size,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_running=settings.max_sequences,
+            max_waiting=MAX_WAITING,
+            max_model_len=limit if max_model_len is None else min(limit, max_model_len),
+        ),
+        config,
+        Runner(model, pages, arena),
+        store,
+    )

@@ -1,0 +1,250 @@
+"""One request inside the engine: its tokens, positions, spans and blocks, and how far it is computed. No tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vlcache_dist.engine.api import Compute, Export, Mode, Reuse
+from vlcache_dist.engine.batch import ChunkWork, SpanWork
+from vlcache_dist.kv.block_chain import BlockChain
+from vlcache_dist.kv.object_store import Extent
+from vlcache_dist.kv.prefix_cache import PrefixCache
+from vlcache_dist.types import KVSource, MediaSpan, ReuseMode, SamplingParams, SpanReport
+from vlcache_dist.wire import Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A sequence's export, and the objects pinned for it."""
+
+    export: Export
+    pinned: tuple[Extent, ...]
+
+
+@dataclass(slots=True)
+class SpanState:
+    """A span and its source. ``cached``: its leading tokens that lie in the prefix hit (``length``: all of it, and no
+    source is needed). ``work``: what batches need of it, until it is computed. ``held``: committed extents pinned for
+    it. ``record``: the extent that its KV is recorded in. ``repeated``: an earlier span of the prompt has its key."""
+
+    span: MediaSpan
+    repeated: bool
+    cached: int = 0
+    source: Compute | Reuse | None = None
+    work: SpanWork | None = None
+    record: Extent | None = None
+    held: list[Extent] = field(default_factory=list)
+
+    @property
+    def needs_source(self) -> bool:
+        return self.source is None and self.cached < self.span.length
+
+    def report(self, num_layers: int) -> SpanReport:
+        digest, length = self.span.key.hex(), self.span.length
+        if self.source is None:
+            return SpanReport(digest, KVSource.PREFIX, length, reused_tokens=length)
+        if isinstance(self.source, Compute):
+            source = KVSource.PREFIX if self.cached else KVSource.COMPUTED
+            return SpanReport(digest, source, length, reused_tokens=self.cached)
+        depths = self.source.depths[self.cached :]
+        recomputed = int((depths > 0).sum())
+        return SpanReport(
+            digest,
+            self.source.source,
+            length,
+            reused_tokens=length - recomputed,
+            recomputed_tokens=recomputed,
+            recomputed_layer_tokens=int(depths.sum()),
+            bytes_moved=self.source.bytes_moved,
+            holder=self.source.holder,
+        )
+
+
+class Sequence:
+    """``tokens`` int64 [capacity] and ``positions`` int32 [3, capacity] cover prompt and answer; the first
+    ``num_tokens`` tokens are known, the KV of the first ``num_computed`` is in the pages, in every layer."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        mode: Mode,
+        positions: np.ndarray,
+        delta: int,
+        chain: BlockChain | None,
+        *,
+        num_layers: int,
+        block_size: int,
+        arrived: float,
+    ) -> None:
+        self.generation = generation
+        self.mode = mode
+        self.num_layers = num_layers
+        self.block_size = block_size
+        self.num_prompt = len(generation.token_ids)
+        self.num_tokens = self.num_prompt
+        self.num_generated = generation.num_generated
+        self.num_computed = 0
+        room = 0 if mode is Mode.PREFILL else max(generation.sampling.max_tokens - self.num_generated, 1) - 1
+        #: positions whose KV may ever be written: the last token of an answer is never fed back
+        self.capacity = self.num_prompt + room
+        self.tokens = np.zeros(self.capacity + 1, np.int64)
+        self.tokens[: self.num_prompt] = generation.token_ids
+        self.positions = np.empty((3, self.capacity), np.int32)
+        self.positions[:, : self.num_prompt] = positions
+        self.positions[:, self.num_prompt :] = np.arange(self.num_prompt, self.capacity, dtype=np.int32) + delta
+        seen: set[bytes] = set()
+        self.spans: list[SpanState] = []
+        for span in generation.spans:
+            self.spans.append(SpanState(span, repeated=span.key in seen))
+            seen.add(span.key)
+        self.early: dict[int, Compute | Reuse] = {}  # sources that came before admission
+        self.chain = chain  # None: takes no part in prefix caching
+        self.num_offered = 0  # positions that the prefix caches know
+        self.blocks: list[int] = []
+        self.block_table = np.empty(0, np.int32)
+        self.prefix_tokens = 0
+        self.tainted_from: int | None = None
+        self.has_kv = mode is not Mode.DECODE  # a DECODE sequence cannot run before its KV is there
+        self.handover: Handover | None = None
+        self.computed_rows = 0
+        self.arrived = arrived
+        self.admitted_at = arrived
+        self._active = np.arange(self.num_prompt + 1)  # prefix sums of rows to compute, see ``_count_active``
+
+    @property
+    def request_id(self) -> str:
+        return self.generation.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.generation.sampling
+
+    @property
+    def reuse(self) -> ReuseMode:
+        return self.generation.reuse
+
+    @property
+    def prefilling(self) -> bool:
+        return self.num_computed < self.num_prompt
+
+    @property
+    def frontier(self) -> int:
+        """Positions below it may be computed: they precede every span that still needs a source."""
+        if not self.has_kv:
+            return self.num_computed
+        for state in self.spans:
+            if state.needs_source:
+                return state.span.start + state.cached
+        return self.num_tokens
+
+    def slots(self, start: int, stop: int) -> np.ndarray:
+        """Page slots of positions [start, stop): int64 [stop - start]."""
+        index = np.arange(start, stop)
+        return self.block_table[index // self.block_size].astype(np.int64) * self.block_size + index % self.block_size
+
+    def place(self, blocks: list[int], num_tokens: int, tainted_from: int | None) -> None:
+        """Own ``blocks``; the KV of the first ``num_tokens`` positions is in them already (a prefix hit)."""
+        self.blocks = blocks
+        self.block_table = np.array(blocks, np.int32)
+        self.prefix_tokens = self.num_computed = self.num_offered = num_tokens
+        self.tainted_from = tainted_from
+        for state in self.spans:
+            state.cached = min(max(num_tokens - state.span.start, 0), state.span.length)
+
+    def recordable(self, index: int) -> bool:
+        """See ``Engine.recordable``."""
+        state = self.spans[index]
+        if self.reuse is ReuseMode.OFF or state.cached or state.repeated:
+            return False
+        return self.tainted_from is None or self.tainted_from >= state.span.end
+
+    def give_source(self, index: int, source: Compute | Reuse) -> None:
+        """Note the source; the engine holds its extents in ``held`` and ``record``."""
+        state = self.spans[index]
+        state.source = source
+        variant = None
+        embed_base = None if source.embedding is None else source.embedding.offset
+        if isinstance(source, Compute):
+            record_base = None if state.record is None else state.record.offset
+            state.work = SpanWork(
+                state.span.start, state.span.length, embed_base=embed_base, record_base=record_base
+            )
+        else:
+            state.work = SpanWork(
+                state.span.start, state.span.length, source.depths, kv_base=source.kv.offset, embed_base=embed_base
+            )
+            partial = np.flatnonzero(source.depths[state.cached :] < self.num_layers)
+            if len(partial):
+                variant = source.kv.variant
+                first = state.span.start + state.cached + int(partial[0])
+                self.tainted_from = first if self.tainted_from is None else min(first, self.tainted_from)
+        if self.chain is not None:
+            self.chain.set_variant(state.span.index, variant)
+        self._count_active()
+
+    def drop_record(self, index: int) -> Extent | None:
+        """Stop recording a span; returns the extent to abort."""
+        state = self.spans[index]
+        record, state.record = state.record, None
+        if state.work is not None:
+            state.work.record_base = None
+        return record
+
+    def chunk(self, budget: int) -> ChunkWork | None:
+        """The next positions to compute with at most ``budget`` rows; None if nothing can be computed."""
+        start, stop = self.num_computed, self.frontier
+        if start >= stop or budget < 1:
+            return None
+        if start >= self.num_prompt:
+            return self._work(start, stop)
+        limit = min(stop, self.num_prompt)
+        end = min(int(np.searchsorted(self._active, self._active[start] + budget, side="right")) - 1, limit)
+        if self._active[end] == self._active[start]:
+            return None  # reused tokens alone: they are copied together with the next computed one
+        return self._work(start, end)
+
+    def active_rows(self, chunk: ChunkWork) -> int:
+        """Rows that a prompt's chunk computes."""
+        return int(self._active[chunk.end] - self._active[chunk.start])
+
+    def offer(self, prefix: PrefixCache) -> None:
+        """Let other sequences start with the blocks that are complete by now."""
+        stop = self.num_computed // self.block_size * self.block_size
+        if self.chain is None or stop <= self.num_offered:
+            return
+        self.chain.extend(self.tokens[self.chain.num_tokens : stop])
+        prefix.insert(self.chain, self.blocks, start=self.num_offered, stop=stop, tainted_from=self.tainted_from)
+        self.num_offered = stop
+
+    def append(self, token_id: int) -> None:
+        """An answer token: known, not computed."""
+        self.tokens[self.num_tokens] = token_id
+        self.num_tokens += 1
+        self.num_generated += 1
+
+    def waiting_rows(self) -> int:
+        """Rows still to be computed of the prompt, as far as sources are known (others count in full)."""
+        return int(self._active[-1] - self._active[min(self.num_computed, self.num_prompt)])
+
+    def cached_tokens(self) -> int:
+        """Prompt tokens that are not computed in full."""
+        reused = 0
+        for state in self.spans:
+            if isinstance(state.source, Reuse):
+                reused += int((state.source.depths[state.cached :] < self.num_layers).sum())
+        return self.prefix_tokens + reused
+
+    def _work(self, start: int, end: int) -> ChunkWork:
+        works = [s.work for s in self.spans if s.work is not None and s.span.start < end and s.span.end > start]
+        return ChunkWork(
+            self.tokens, self.positions, self.block_table, start, end, sample=end == self.num_tokens, spans=works
+        )
+
+    def _count_active(self) -> None:
+        active = np.ones(self.num_prompt, np.int64)
+        for state in self.spans:
+            if isinstance(state.source, Reuse):
+                active[state.span.start : state.span.end] = state.source.depths > 0
+        np.cumsum(active, out=self._active[1:])

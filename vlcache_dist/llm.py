@@ -1,0 +1,334 @@
+"""The engine in one process: pictures and questions in, answers out. No Ray, no server, no threads.
+
+>>> from vlcache_dist import LLM, SamplingParams
+>>> llm = LLM(model="tiny", device="cpu", dtype="float32")
+>>> out = llm.chat(messages, SamplingParams(max_tokens=32), reuse="approx", plan="uniform:5")
+>>> out.text, out.vlcache[0].reused_tokens
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import torch
+
+from vlcache_dist.config import EngineSettings, MediaSettings, ModelSettings
+from vlcache_dist.engine.api import (
+    Admitted,
+    Compute,
+    Event,
+    Failed,
+    PrefillDone,
+    RecordDropped,
+    Reuse,
+    SpanRecorded,
+    TokenEvent,
+)
+from vlcache_dist.engine.build import Placement, build_engine, build_store, kv_layout
+from vlcache_dist.engine.engine import new_variant
+from vlcache_dist.errors import BadRequest, EngineError, StoreFull
+from vlcache_dist.hashing import ModelIdentity, tenant_salt
+from vlcache_dist.kv.object_store import Extent
+from vlcache_dist.media import MediaItem, MediaProcessor
+from vlcache_dist.media_fetch import load_blocking
+from vlcache_dist.model.weights import Checkpoint
+from vlcache_dist.prompt import Detokenizer, PromptBuilder, TokenText, parse_messages
+from vlcache_dist.reuse.plan import Plan
+from vlcache_dist.reuse.plan_file import resolve_plan
+from vlcache_dist.types import (
+    ContentKey,
+    FinishReason,
+    MediaSpan,
+    ObjectKind,
+    ReuseMode,
+    SamplingParams,
+    SpanReport,
+    TokenLogprobs,
+)
+from vlcache_dist.wire import Generation
+
+Messages = Sequence[Mapping[str, Any]]
+DEFAULT_SAMPLING = SamplingParams()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One answer. ``token_ids`` include the end-of-sequence token, ``text`` does not; ``logprobs`` has one entry per
+    token if they were asked for, else None. ``vlcache``: provenance per image, in order. ``cached_tokens`` of
+    ``prompt_tokens`` were not computed in full. ``ttft_s``: from the call to the first token."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: FinishReason
+    vlcache: tuple[SpanReport, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    ttft_s: float
+
+
+@dataclass(slots=True)
+class _Request:
+    """A conversation on its way."""
+
+    generation: Generation
+    items: list[MediaItem]
+    plan: Plan
+    text: Detokenizer
+    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    unresolved: list[int] = field(default_factory=list)  # spans that need a source, in prompt order
+    done: PrefillDone | None = None
+    first_token_at: float = 0.0
+    finish: FinishReason | None = None
+
+
+class LLM:
+    """A model with its vision tower, image store and engine, all in the calling thread.
+
+    ``model``: ``tiny`` (bundled), a checkpoint folder, or a hub name. Raises ConfigError, CheckpointError and
+    UnsupportedModel.
+    """
+
+    def __init__(
+        self,
+        model: str = "tiny",
+        device: str = "auto",
+        dtype: str = "auto",
+        *,
+        revision: str | None = None,
+        max_model_len: int | None = None,
+        engine: EngineSettings | None = None,
+        media: MediaSettings | None = None,
+    ) -> None:
+        settings = ModelSettings.of(
+            model=model, revision=revision, device=device, dtype=dtype, max_model_len=max_model_len
+        )
+        engine = engine or EngineSettings()
+        placement = Placement.of(settings)
+        checkpoint = Checkpoint.open(settings.model, settings.revision)
+        self.config = checkpoint.config
+        self.layout = kv_layout(self.config, checkpoint.fingerprint, placement.dtype)
+        self._tower = checkpoint.load_vision_tower(placement.device, placement.torch_dtype)
+        self.arena, self.store = build_store(self.layout, engine, placement.device)
+        language = checkpoint.load_language_model(placement.device, placement.torch_dtype)
+        self.engine = build_engine(
+            language, self.config, engine, self.arena, self.store, max_model_len=settings.max_model_len
+        )
+        self._media_settings = media or MediaSettings()
+        self._processor = MediaProcessor.from_folder(checkpoint.folder, self._media_settings)
+        self._prompts = PromptBuilder.from_folder(
+            checkpoint.folder,
+            merge_size=self.config.vision.spatial_merge_size,
+            max_model_len=self.engine.config.max_model_len,
+        )
+        self._text = TokenText(self._prompts.tokenizer)
+        self._identity = ModelIdentity(settings.model, settings.revision or "", checkpoint.fingerprint, placement.dtype)
+        self._salt = tenant_salt("", b"")
+        self._ids = itertools.count()
+
+    @overload
+    def chat(
+        self, messages: Messages, sampling: SamplingParams = ..., *, reuse: str = ..., plan: str | None = ...
+    ) -> Output: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Messages], sampling: SamplingParams = ..., *, reuse: str = ..., plan: str | None = ...
+    ) -> list[Output]: ...
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingParams = DEFAULT_SAMPLING,
+        *,
+        reuse: str = "approx",
+        plan: str | None = None,
+    ) -> Output | list[Output]:
+        """Answer one conversation in OpenAI's message format, or a list of them in one batch.
+
+        Pictures are ``image_url`` parts with ``data:``, ``http(s):`` or ``file:`` URLs. ``reuse``: ``approx`` (image KV
+        at any position, ``plan`` says what is recomputed, default ``uniform:5``), ``exact`` (exact prefixes only) or
+        ``off`` (no cache is read or filled). Raises BadRequest and its kin, before anything is computed.
+        """
+        mode = _reuse_mode(reuse)
+        if plan is not None and mode is not ReuseMode.APPROX:
+            raise BadRequest(f"plan {plan!r} means nothing with reuse={mode}: only approx recomputes by a plan")
+        resolved = resolve_plan(
+            plan or "uniform:5", model=self.layout.model, num_layers=self.layout.num_layers
+        )
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = [messages] if single else messages
+        requests = [self._request(c, sampling, mode, resolved) for c in conversations]  # type: ignore[arg-type]
+        outputs = self._run(requests)
+        return outputs[0] if single else outputs
+
+    # -- one batch ----------------------------------------------------------------------------------------------
+
+    def _request(self, messages: Messages, sampling: SamplingParams, reuse: ReuseMode, plan: Plan) -> _Request:
+        conversation = parse_messages(messages)
+        items = load_blocking(self._media_settings, conversation.media) if conversation.media else []
+        keys = [self._processor.content_key(item, self._salt, self._identity) for item in items]
+        metas = [self._processor.meta(item) for item in items]
+        prompt = self._prompts.build(conversation, keys, metas, max_tokens=sampling.max_tokens)
+        generation = Generation(
+            request_id=str(next(self._ids)),
+            tenant="",
+            token_ids=prompt.token_ids,
+            spans=prompt.spans,
+            sampling=sampling,
+            reuse=reuse,
+            plan=str(plan),
+        )
+        return _Request(generation, items, plan, Detokenizer(self._text, sampling.stop))
+
+    def _run(self, requests: list[_Request]) -> list[Output]:
+        started = time.monotonic()
+        batch = _Batch(self, {r.generation.request_id: r for r in requests})
+        try:
+            for request in requests:
+                self.engine.add(request.generation, started)
+            batch.run()
+        except BaseException:
+            for request in requests:
+                self.engine.abort(request.generation.request_id, time.monotonic())
+            self.engine.step(time.monotonic())
+            raise
+        return [self._output(request, started) for request in requests]
+
+    def _output(self, request: _Request, started: float) -> Output:
+        if request.finish is None or request.done is None:
+            raise EngineError("the engine came to rest before the answer was complete")
+        if not request.text.stopped:
+            request.pieces.append(request.text.finish())
+        return Output(
+            text="".join(request.pieces),
+            token_ids=tuple(request.token_ids),
+            logprobs=None if request.generation.sampling.logprobs is None else tuple(request.logprobs),
+            finish_reason=request.finish,
+            vlcache=request.done.reports,
+            prompt_tokens=len(request.generation.token_ids),
+            cached_tokens=request.done.cached_tokens,
+            ttft_s=request.first_token_at - started,
+        )
+
+    # -- encoder output -----------------------------------------------------------------------------------------
+
+    def _embedding(self, item: MediaItem, span: MediaSpan, *, cached: bool) -> Extent:
+        """The span's encoder output, pinned: from the store, or encoded now (and kept only if ``cached``)."""
+        if cached and (found := self.store.lookup(ObjectKind.EMBEDDING, span.key, pin=True)) is not None:
+            return found
+        patches = self._processor.patches(item)
+        if patches.grid != span.grid:
+            raise EngineError(f"{item.where}: its header promised a grid of {span.grid}, it has {patches.grid}")
+        rows = self._tower.forward(torch.from_numpy(patches.values), [patches.grid])
+        now, elements = time.monotonic(), self.layout.embedding_elements(span.length)
+        if cached:
+            extent = self.store.begin(ObjectKind.EMBEDDING, span.key, new_variant(), elements, now)
+        else:
+            extent = self.store.stage(elements, now)
+        self.engine.runner.store_embeddings(rows, extent)
+        return self.store.commit(extent, pin=True)
+
+
+class _Batch:
+    """Drives the engine until every request of one call is answered, and gives spans their sources on the way."""
+
+    def __init__(self, llm: LLM, requests: dict[str, _Request]) -> None:
+        self._llm = llm
+        self._requests = requests
+        self._recording: set[ContentKey] = set()
+
+    def run(self) -> None:
+        engine = self._llm.engine
+        while any(request.finish is None for request in self._requests.values()):
+            if not self._resolve() and not engine.has_work():
+                raise EngineError("no request can go on")
+            for event in engine.step(time.monotonic()):
+                self._handle(event)
+
+    def _handle(self, event: Event) -> None:
+        request = self._requests[event.request_id]
+        match event:
+            case Admitted(needed=needed):
+                request.unresolved = list(needed)
+            case SpanRecorded(extent=extent):
+                self._recording.discard(extent.key)
+            case RecordDropped(key=key):
+                self._recording.discard(key)
+            case PrefillDone():
+                request.done = event
+                request.first_token_at = time.monotonic()
+            case TokenEvent():
+                self._token(request, event)
+            case Failed(error=error):
+                raise error
+
+    def _token(self, request: _Request, event: TokenEvent) -> None:
+        if request.finish is not None:
+            return
+        request.token_ids.append(event.token_id)
+        request.pieces.append(request.text.feed(event.token_id))
+        if event.logprobs is not None:
+            request.logprobs.append(event.logprobs)
+        request.finish = event.finish
+        if request.text.stopped:
+            request.finish = FinishReason.STOP
+            if event.finish is None:
+                self._llm.engine.abort(event.request_id, time.monotonic())
+
+    def _resolve(self) -> bool:
+        """Give sources to all spans that can have one now; False if nothing changed."""
+        progressed = False
+        for request in self._requests.values():
+            while request.unresolved and (source := self._source(request, request.unresolved[0])) is not None:
+                self._llm.engine.provide(request.generation.request_id, request.unresolved.pop(0), source)
+                progressed = True
+        return progressed
+
+    def _source(self, request: _Request, index: int) -> Compute | Reuse | None:
+        """None: somebody in this batch is computing the same picture; wait for the record."""
+        llm, generation = self._llm, request.generation
+        span = generation.spans[index]
+        item = request.items[span.index]
+        if generation.reuse is ReuseMode.OFF:
+            return Compute(llm._embedding(item, span, cached=False))
+        approximate = generation.reuse is ReuseMode.APPROX and not request.plan.is_full(
+            span.length, llm.layout.num_layers
+        )
+        if approximate and (kv := llm.store.lookup(ObjectKind.KV, span.key, pin=True)) is not None:
+            depths = request.plan.depths(span.length, llm.layout.num_layers)
+            embedding = llm._embedding(item, span, cached=True) if depths.any() else None
+            return Reuse(kv, depths, embedding)
+        if approximate and span.key in self._recording:
+            return None
+        return self._compute(request, index, item, span)
+
+    def _compute(self, request: _Request, index: int, item: MediaItem, span: MediaSpan) -> Compute:
+        llm = self._llm
+        embedding = llm._embedding(item, span, cached=True)
+        record = None
+        if (
+            span.key not in self._recording
+            and llm.engine.recordable(request.generation.request_id, index)
+            and llm.store.lookup(ObjectKind.KV, span.key) is None
+        ):
+            elements = llm.layout.kv_elements(span.length)
+            try:
+                record = llm.store.begin(ObjectKind.KV, span.key, new_variant(), elements, time.monotonic())
+                self._recording.add(span.key)
+            except StoreFull:
+                record = None  # computed all the same; the next request pays again
+        return Compute(embedding, record)
+
+
+def _reuse_mode(reuse: str) -> ReuseMode:
+    try:
+        return ReuseMode(reuse)
+    except ValueError:
+        raise BadRequest(f"reuse {reuse!r} is not one of off, exact, approx") from None
