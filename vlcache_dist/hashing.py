@@ -22,7 +22,7 @@ from vlcache_dist.types import ContentKey
 KV_FORM = 1  #: what a KV object means (unrotated K, V as is, layer by layer); a change renames every object
 DIGEST_BYTES = 32
 
-Json: TypeAlias = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
 
 
 class ModelIdentity(msgspec.Struct, frozen=True):

@@ -179,7 +179,10 @@ def test_copies_of_a_variant_are_merged_and_variants_kept_apart():
     first = store.begin(KV, A, V, 10, 0.0)
     second = store.begin(KV, A, V, 10, 0.0, transfer=True)
     assert store.commit(first) == first
+    b = put(store, B, 10)
     assert store.commit(second, pin=True) == first
+    assert store.objects() == [b, first], "committing a copy counts as a use"
+    store.discard(b)
     assert store.stats().committed == 10 and store.stats().pinned == 10
     store.unpin(first)
     other = put(store, A, 10, variant=W)

@@ -491,8 +491,8 @@ class ObjectStore:
             expired[record.extent.id] = record.extent
         while self._wakeups and self._wakeups[0][0] <= now:
             _, extent_id = heapq.heappop(self._wakeups)
-            waiting = self._records.get(extent_id)
-            if waiting is not None and not waiting.held and waiting.not_before <= now:
+            # Nobody holds it, and in quarantine nobody can start to; it may have been released before its time.
+            if (waiting := self._records.get(extent_id)) is not None:
                 self._free(waiting)
         return list(expired.values())
 
