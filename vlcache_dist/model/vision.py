@@ -135,9 +135,10 @@ class VisionTower:
         self, x: torch.Tensor, block: VisionBlock, cos: torch.Tensor, sin: torch.Tensor, cu: torch.Tensor, longest: int
     ) -> torch.Tensor:
         h = kernels.rms_norm(x, block.norm1, _EPS)
-        qkv = F.linear(h, block.qkv, block.qkv_bias).view(len(x), 3, self.config.num_heads, -1)
-        q, k, v = qkv.unbind(1)
-        q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+        heads = self.config.num_heads
+        qkv = F.linear(h, block.qkv, block.qkv_bias).view(len(x), 3 * heads, -1)
+        q, k = kernels.rotate(qkv[:, : 2 * heads], cos, sin).split(heads, 1)
+        v = qkv[:, 2 * heads :]
         attended = kernels.varlen_attention(q, k, v, cu, longest)
         h = F.linear(attended.reshape(len(x), -1), block.proj, block.proj_bias)
         h, x = kernels.add_rms_norm(h, x, block.norm2, _EPS)
