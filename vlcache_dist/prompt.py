@@ -64,7 +64,7 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
         if not isinstance(message, Mapping):
             raise BadRequest(f"{at}: an object with role and content is wanted")
         role = message.get("role")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise BadRequest(f"{at}.role: {role!r} is not one of {', '.join(ROLES)}")
         if extra := sorted(
             key for key, value in message.items() if key not in ("role", "content") and value is not None

@@ -103,9 +103,9 @@ class _Canvas:
         alpha[max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = mask[
             max(-dy, 0) : height - max(dy, 0), max(-dx, 0) : width - max(dx, 0)
         ]
-        alpha = alpha[:, :, None] / 255
+        weight = alpha[:, :, None] / 255
         here = (slice(row * CELL, row * CELL + height), slice(column * CELL, column * CELL + width))
-        self._pixels[here] += alpha * (np.asarray(color, np.float32) - self._pixels[here])
+        self._pixels[here] += weight * (np.asarray(color, np.float32) - self._pixels[here])
 
     def entries(self, entries: list[tuple[str, str]]) -> None:
         """Labels with their values, each pair in two neighbouring cells, in reading order."""
