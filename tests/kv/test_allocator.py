@@ -77,7 +77,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocator = AllocatorMachine.TestCase
-TestAllocator.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+TestAllocator.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
 
 
 def test_bad_sizes_are_refused():
