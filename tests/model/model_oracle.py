@@ -24,7 +24,7 @@ from vlcache_dist.types import MediaSpan
 
 BLOCK = 8
 torch.set_num_threads(1)
-#: transformers before 5.20 truncates second_per_grid itself; both agree on whole seconds only.
+#: transformers 5.17 truncates second_per_grid itself, 5.23 does not; they agree on whole seconds only.
 FRACTIONAL_SECONDS = "int(next(second_per_grid_ts))" not in inspect.getsource(Qwen2_5_VLModel.get_rope_index)
 
 

@@ -184,7 +184,7 @@ class LanguageModel:
             batch.max_kv,
             self.config.head_dim**-0.5,
         )
-        return F.linear(attended.view(rows, -1), layer.o)
+        return F.linear(attended.reshape(rows, -1), layer.o)
 
     def _project(
         self, h: torch.Tensor, layer: DecoderLayer, rows: int

@@ -23,8 +23,8 @@ def mrope_positions(token_count: int, spans: Sequence[MediaSpan], config: ModelC
 
     The t axis of a video advances by tokens_per_second * second_per_grid per temporal patch, each product truncated to
     an integer (so several patches share an index where the interval is below 1); an image advances by 1. The arithmetic
-    is fp32, as in transformers >= 5.20; 5.17 truncates second_per_grid *before* the multiplication, which differs for
-    videos whose second_per_grid is not whole.
+    is fp32, as in the model's original code and in transformers 5.23; 5.17 truncates second_per_grid *before* the
+    multiplication, which differs for videos whose second_per_grid is not whole.
 
     Raises ValueError for a span that does not fit its grid, the prompt, or its predecessor.
     """
