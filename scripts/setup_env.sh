@@ -34,7 +34,7 @@ if ! "${pip[@]}" show -q torch 2>/dev/null; then
 print(*json.load(sys.stdin)["install"][0]["metadata"].get("requires_dist", []))')
   fi
   if [[ $offered == *nvidia* || $offered == *cuda* ]]; then
-    "${pip[@]}" install -q --index-url "$cpu_index" "$torch" || "${pip[@]}" install -q "$torch"
+    "${pip[@]}" install -q --retries 1 --timeout 10 --index-url "$cpu_index" "$torch" || "${pip[@]}" install -q "$torch"
   else
     "${pip[@]}" install -q "$torch"
   fi

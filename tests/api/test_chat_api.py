@@ -65,7 +65,8 @@ def test_multi_turn_with_several_images_in_order(client: openai.OpenAI, backend:
         {"role": "system", "content": "You are terse."},
         {"role": "user", "content": [
             {"type": "text", "text": "Picture 1: "}, {"type": "image_url", "image_url": {"url": first}},
-            {"type": "text", "text": "Picture 2: "}, {"type": "image_url", "image_url": {"url": second, "detail": "auto"}},
+            {"type": "text", "text": "Picture 2: "},
+            {"type": "image_url", "image_url": {"url": second, "detail": "auto"}},
         ]},
         {"role": "assistant", "content": "Yes."},
         {"role": "user", "content": "In picture 2, what is the value of QF?"},

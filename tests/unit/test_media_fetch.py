@@ -133,7 +133,7 @@ def test_addresses_that_are_not_public_are_never_connected_to(host: str, monkeyp
         raise AssertionError("connected")
 
     monkeypatch.setattr("anyio.connect_tcp", connect)
-    with pytest.raises(InvalidMedia, match="not on the public network|cannot be resolved"):
+    with pytest.raises(InvalidMedia, match=r"not on the public network|cannot be resolved"):
         fetch(f"http://{host}:80/x.png", MediaSettings(timeout_s=2.0))
 
 

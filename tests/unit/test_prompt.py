@@ -29,7 +29,7 @@ def tiny() -> PromptBuilder:
 
 @pytest.fixture(scope="module")
 def like_the_hub() -> PromptBuilder:
-    """A tokenizer with what Qwen's has and the bundled one lacks: NFC normalization, added tokens that are not special."""
+    """With what Qwen's tokenizer has and the bundled one lacks: NFC normalization, added tokens that are not special."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     specials += ["<|image_pad|>", "<|video_pad|>"]
     made = Tokenizer(models.BPE())
@@ -68,7 +68,7 @@ def build_with(builder: PromptBuilder, conversation: Any, metas: list[MediaMeta]
 
 def transformers_ids(builder: PromptBuilder, messages: list[Any], lengths: list[int]) -> list[int]:
     """As transformers' processor: render, repeat each placeholder, encode the whole string."""
-    known = [{k: v for k, v in m.items()} for m in messages]
+    known = [dict(message) for message in messages]
     for message in known:
         if isinstance(message["content"], list):
             message["content"] = [
