@@ -159,9 +159,7 @@ class LLM:
         mode = _reuse_mode(reuse)
         if plan is not None and mode is not ReuseMode.APPROX:
             raise BadRequest(f"plan {plan!r} means nothing with reuse={mode}: only approx recomputes by a plan")
-        resolved = resolve_plan(
-            plan or "uniform:5", model=self.layout.model, num_layers=self.layout.num_layers
-        )
+        resolved = resolve_plan(plan or "uniform:5", model=self.layout.model, num_layers=self.layout.num_layers)
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations = [messages] if single else messages
         requests = [self._request(c, sampling, mode, resolved) for c in conversations]  # type: ignore[arg-type]

@@ -1,19 +1,24 @@
 """From what each sequence wants computed to the rows and segments of one forward pass. Pure: numpy in, numpy out.
 
-See ``model.batch`` for the meaning of rows, depth and segments.
+See ``model.batch`` for the meaning of rows, depth and segments. Tokens are handled in runs of equal depth, never one by
+one: a warm prompt of 16,384 reused tokens costs a few slices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+ALL_LAYERS = 1 << 30  #: depth of a run that is computed in every layer, however many the model has
+
+Run = tuple[int, int, int]  #: positions [start, stop) of equal depth
+
 
 @dataclass(slots=True)
 class SpanWork:
-    """A span as this pass needs it. Offsets are arena elements.
+    """A span as batches need it. Offsets are arena elements.
 
     ``depths``: int [length], layers in which each token's K and V are recomputed; None for a fresh span (all).
     ``kv_base``: the KV extent to reuse (required with ``depths``). ``embed_base``: the encoder output (required
@@ -26,14 +31,31 @@ class SpanWork:
     kv_base: int | None = None
     embed_base: int | None = None
     record_base: int | None = None
+    runs: tuple[Run, ...] = field(init=False)  #: of the whole span, in order
+
+    def __post_init__(self) -> None:
+        if self.depths is None:
+            self.runs = ((self.start, self.end, ALL_LAYERS),)
+            return
+        edges = (np.flatnonzero(np.diff(self.depths)) + 1).tolist()
+        bounds = [0, *edges, self.length]
+        self.runs = tuple(
+            (self.start + a, self.start + b, int(self.depths[a])) for a, b in zip(bounds, bounds[1:], strict=False)
+        )
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
 
 
 @dataclass(slots=True)
 class ChunkWork:
     """Positions [start, end) of one sequence; ``sample``: logits of position end - 1 are wanted.
 
-    ``token_ids`` int [>= end], ``positions`` int [3, >= end] and ``block_table`` int [blocks] cover the sequence
-    from position 0. ``spans`` lists at least the spans that overlap [start, end).
+    ``token_ids`` int [>= end], ``positions`` int32 [3, >= end] and ``block_table`` int [blocks] cover the sequence
+    from position 0; so does ``slots`` int64 [>= end], the page slot of each position, which a caller that makes many
+    chunks of one sequence computes once (None: from the block table). ``spans`` lists at least the spans that
+    overlap [start, end), in order.
     """
 
     token_ids: np.ndarray
@@ -43,6 +65,7 @@ class ChunkWork:
     end: int
     sample: bool
     spans: Sequence[SpanWork] = field(default_factory=tuple)
+    slots: np.ndarray | None = None
 
 
 @dataclass(slots=True)
@@ -74,23 +97,27 @@ class StepBatch:
     scatter_positions: np.ndarray
 
 
-def token_depths(chunk: ChunkWork, num_layers: int) -> np.ndarray:
-    """Depth of positions [start, end): int32 [end - start]; 0 where nothing is computed."""
-    depth = np.full(chunk.end - chunk.start, num_layers, np.int32)
-    for span in chunk.spans:
-        if span.depths is None:
-            continue
-        a, b = max(span.start, chunk.start), min(span.start + span.length, chunk.end)
-        if a < b:
-            depth[a - chunk.start : b - chunk.start] = span.depths[a - span.start : b - span.start]
+def chunk_runs(chunk: ChunkWork, num_layers: int) -> list[Run]:
+    """The chunk as runs of equal depth that tile [start, end); depth 0 where nothing is computed, ``num_layers + 1``
+    for the sampled position, which is a run of its own."""
+    runs: list[Run] = []
+    for start, stop, depth in _pieces(chunk, num_layers):
+        if runs and runs[-1][2] == depth:
+            runs[-1] = (runs[-1][0], stop, depth)
+        else:
+            runs.append((start, stop, depth))
     if chunk.sample:
-        depth[-1] = num_layers + 1
-    return depth
+        start, stop, depth = runs.pop()
+        if start < stop - 1:
+            runs.append((start, stop - 1, depth))
+        runs.append((stop - 1, stop, num_layers + 1))
+    return runs
 
 
-def active_tokens(chunk: ChunkWork, num_layers: int) -> int:
-    """Rows the chunk costs in layer 0: what a scheduler's token budget counts."""
-    return int((token_depths(chunk, num_layers) > 0).sum())
+def block_slots(block_table: np.ndarray, block_size: int) -> np.ndarray:
+    """int64 [blocks * block_size]: the page slot of every position of a sequence."""
+    first = np.asarray(block_table, np.int64)[:, None] * block_size
+    return (first + np.arange(block_size)).reshape(-1)
 
 
 def build_step(
@@ -101,117 +128,133 @@ def build_step(
     ``kv_row`` and ``hidden`` are the element counts of ``KVLayout``. Raises ValueError for a reused span without
     extent, or a computed vision token without embedding: the scheduler must not have scheduled those.
     """
-    runs: list[tuple[int, int, int, int]] = []  # (-depth, chunk, start, end)
-    for c, chunk in enumerate(chunks):
-        depth = token_depths(chunk, num_layers)
-        edges = np.flatnonzero(np.diff(depth)) + 1
-        bounds = [0, *edges.tolist(), len(depth)]
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True):
-            if depth[a] > 0:
-                runs.append((-int(depth[a]), c, chunk.start + a, chunk.start + b))
+    chunk_slots = [block_slots(c.block_table, block_size) if c.slots is None else c.slots for c in chunks]
+    runs = [
+        (-depth, c, start, stop)
+        for c, chunk in enumerate(chunks)
+        for start, stop, depth in chunk_runs(chunk, num_layers)
+        if depth > 0
+    ]
     runs.sort()
+    table = np.array(runs, np.int32).reshape(-1, 4)
+    depths, starts, stops = -table[:, 0], table[:, 2], table[:, 3]
+    lengths = stops - starts
+    cu_q = np.zeros(len(runs) + 1, np.int32)
+    np.cumsum(lengths, out=cu_q[1:])
+    num_rows = int(cu_q[-1])
 
-    num_rows = sum(b - a for _, _, a, b in runs)
-    width = max((len(chunk.block_table) for chunk in chunks), default=1)
     token_ids = np.empty(num_rows, np.int64)
     positions = np.empty((3, num_rows), np.int32)
     slots = np.empty(num_rows, np.int64)
-    row_chunk = np.empty(num_rows, np.int32)
-    row_position = np.empty(num_rows, np.int32)
-    row_depth = np.empty(num_rows, np.int32)
     record_base = np.full(num_rows, -1, np.int64)
     record_tokens = np.zeros(num_rows, np.int64)
-    cu_q = np.zeros(len(runs) + 1, np.int32)
-    kv_len = np.empty(len(runs), np.int32)
-    tables = np.zeros((len(runs), width), np.int32)
+    tables = np.zeros((len(runs), max((len(chunk.block_table) for chunk in chunks), default=1)), np.int32)
     embed_rows: list[np.ndarray] = []
     embed_offset: list[np.ndarray] = []
 
     row = 0
-    for s, (negative_depth, c, a, b) in enumerate(runs):
-        chunk, here = chunks[c], slice(row, row + b - a)
-        index = np.arange(a, b)
-        token_ids[here] = chunk.token_ids[a:b]
-        positions[:, here] = chunk.positions[:, a:b]
-        slots[here] = _slots(chunk, index, block_size)
-        row_chunk[here], row_position[here], row_depth[here] = c, index, -negative_depth
-        cu_q[s + 1], kv_len[s] = row + b - a, b
-        tables[s, : len(chunk.block_table)] = chunk.block_table
+    for segment, (_, c, a, b) in enumerate(runs):
+        chunk, end = chunks[c], row + b - a
+        token_ids[row:end] = chunk.token_ids[a:b]
+        positions[:, row:end] = chunk.positions[:, a:b]
+        slots[row:end] = chunk_slots[c][a:b]
+        tables[segment, : len(chunk.block_table)] = chunk.block_table
         for span in chunk.spans:
-            x, y = max(span.start, a), min(span.start + span.length, b)
+            x, y = max(span.start, a), min(span.end, b)
             if x >= y:
                 continue
             if span.embed_base is None:
                 raise ValueError(f"vision tokens [{x}, {y}) are to be computed but have no encoder output")
-            rows = np.arange(row + x - a, row + y - a, dtype=np.int64)
-            token = np.arange(x - span.start, y - span.start, dtype=np.int64)
-            embed_rows.append(rows)
-            embed_offset.append(span.embed_base + token * hidden)
+            embed_rows.append(np.arange(row + x - a, row + y - a))
+            embed_offset.append(_every(span.embed_base, x - span.start, y - span.start, hidden))
             if span.record_base is not None:
-                record_base[rows] = span.record_base + token * kv_row
-                record_tokens[rows] = span.length
-        row += b - a
+                here = slice(row + x - a, row + y - a)
+                record_base[here] = _every(span.record_base, x - span.start, y - span.start, kv_row)
+                record_tokens[here] = span.length
+        row = end
 
-    depths = -np.array([r[0] for r in runs], np.int32)
-    lengths = np.diff(cu_q)
-    rows_kv = tuple(int((row_depth > layer).sum()) for layer in range(num_layers))
-    rows_q = tuple(int((row_depth > layer + 1).sum()) for layer in range(num_layers))
-    segs_q = tuple(int((depths > layer + 1).sum()) for layer in range(num_layers))
-    scatter = _scatter(chunks, num_layers, block_size, kv_row)
+    # Rows and segments of depth > l, for every layer l: both are sorted by depth, deepest first.
+    layers = np.arange(num_layers)
+    row_depth = np.repeat(depths, lengths)
+    rows_deeper = num_rows - np.searchsorted(row_depth[::-1], np.arange(num_layers + 1), side="right")
+    segs_deeper = len(runs) - np.searchsorted(depths[::-1], layers + 1, side="right")
+    longest = np.concatenate(([0], np.maximum.accumulate(lengths)))
+    src, tokens, scatter_slots, scatter_positions = _scatter(chunks, chunk_slots, num_layers, kv_row)
     return StepBatch(
         token_ids=token_ids,
         positions=positions,
         slots=slots,
-        embed_rows=np.concatenate(embed_rows) if embed_rows else np.empty(0, np.int64),
-        embed_offset=np.concatenate(embed_offset) if embed_offset else np.empty(0, np.int64),
+        embed_rows=_joined(embed_rows),
+        embed_offset=_joined(embed_offset),
         record_base=record_base,
         record_tokens=record_tokens,
         cu_q=cu_q,
-        kv_len=kv_len,
+        kv_len=stops,
         block_table=tables,
-        rows_kv=rows_kv,
-        rows_q=rows_q,
-        segs_q=segs_q,
-        max_q=tuple(int(lengths[:n].max()) if n else 0 for n in segs_q),
-        max_kv=int(kv_len.max()) if len(kv_len) else 0,
+        rows_kv=tuple(rows_deeper[:-1].tolist()),
+        rows_q=tuple(rows_deeper[1:].tolist()),
+        segs_q=tuple(segs_deeper.tolist()),
+        max_q=tuple(longest[segs_deeper].tolist()),
+        max_kv=int(stops.max()) if len(stops) else 0,
         num_samples=sum(chunk.sample for chunk in chunks),
-        row_chunk=row_chunk,
-        row_position=row_position,
+        row_chunk=np.repeat(table[:, 1], lengths),
+        row_position=np.arange(num_rows, dtype=np.int32) + np.repeat(starts - cu_q[:-1], lengths),
         row_depth=row_depth,
-        scatter_src=scatter[0],
-        scatter_tokens=scatter[1],
-        scatter_slots=scatter[2],
-        scatter_positions=scatter[3],
+        scatter_src=src,
+        scatter_tokens=tokens,
+        scatter_slots=scatter_slots,
+        scatter_positions=scatter_positions,
     )
 
 
-def _slots(chunk: ChunkWork, index: np.ndarray, block_size: int) -> np.ndarray:
-    return chunk.block_table[index // block_size].astype(np.int64) * block_size + index % block_size
+def _pieces(chunk: ChunkWork, num_layers: int) -> Iterator[Run]:
+    """Text and span runs of a chunk, in order, cut to it."""
+    cursor = chunk.start
+    for span in chunk.spans:
+        if span.end <= cursor or span.start >= chunk.end:
+            continue
+        if cursor < span.start:
+            yield cursor, span.start, num_layers
+            cursor = span.start
+        for _, stop, depth in span.runs:
+            stop = min(stop, chunk.end)
+            if cursor < stop:
+                yield cursor, stop, min(depth, num_layers)
+                cursor = stop
+    if cursor < chunk.end:
+        yield cursor, chunk.end, num_layers
 
 
 def _scatter(
-    chunks: Sequence[ChunkWork], num_layers: int, block_size: int, kv_row: int
+    chunks: Sequence[ChunkWork], chunk_slots: Sequence[np.ndarray], num_layers: int, kv_row: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Reused tokens of the step whose pages the pass does not fill in every layer by itself."""
     src, tokens, slots, positions = [], [], [], []
-    for chunk in chunks:
+    for chunk, own_slots in zip(chunks, chunk_slots, strict=True):
         for span in chunk.spans:
             if span.depths is None:
                 continue
             if span.kv_base is None:
                 raise ValueError(f"span at {span.start} is to be reused but has no KV extent")
-            a, b = max(span.start, chunk.start), min(span.start + span.length, chunk.end)
-            index = np.arange(a, b)
-            index = index[span.depths[index - span.start] < num_layers]
-            src.append(span.kv_base + (index - span.start).astype(np.int64) * kv_row)
-            tokens.append(np.full(len(index), span.length, np.int64))
-            slots.append(_slots(chunk, index, block_size))
-            positions.append(chunk.positions[:, index])
+            for start, stop, depth in span.runs:
+                a, b = max(start, chunk.start), min(stop, chunk.end)
+                if a < b and depth < num_layers:
+                    src.append(_every(span.kv_base, a - span.start, b - span.start, kv_row))
+                    tokens.append(np.full(b - a, span.length))
+                    slots.append(own_slots[a:b])
+                    positions.append(chunk.positions[:, a:b])
     if not src:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64), np.empty((3, 0), np.int32)
-    return (
-        np.concatenate(src),
-        np.concatenate(tokens),
-        np.concatenate(slots),
-        np.concatenate(positions, axis=1).astype(np.int32),
-    )
+    placed = positions[0] if len(positions) == 1 else np.concatenate(positions, axis=1)
+    return _joined(src), _joined(tokens), _joined(slots), placed.astype(np.int32, copy=False)
+
+
+def _every(base: int, start: int, stop: int, stride: int) -> np.ndarray:
+    """int64: base + i * stride for i in [start, stop)."""
+    return np.arange(base + start * stride, base + stop * stride, stride)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlcache_dist.engine.api import Compute, Export, Mode, Reuse
-from vlcache_dist.engine.batch import ChunkWork, SpanWork
+from vlcache_dist.engine.batch import ChunkWork, SpanWork, block_slots
 from vlcache_dist.kv.block_chain import BlockChain
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.kv.prefix_cache import PrefixCache
@@ -104,6 +104,7 @@ class Sequence:
         self.num_offered = 0  # positions that the prefix caches know
         self.blocks: list[int] = []
         self.block_table = np.empty(0, np.int32)
+        self._slots = np.empty(0, np.int64)  # by position
         self.prefix_tokens = 0
         self.tainted_from: int | None = None
         self.has_kv = mode is not Mode.DECODE  # a DECODE sequence cannot run before its KV is there
@@ -132,22 +133,22 @@ class Sequence:
     @property
     def frontier(self) -> int:
         """Positions below it may be computed: they precede every span that still needs a source."""
-        if not self.has_kv:
-            return self.num_computed
+        if self.mode is Mode.DECODE:
+            return self.num_tokens if self.has_kv else self.num_computed
         for state in self.spans:
             if state.needs_source:
                 return state.span.start + state.cached
         return self.num_tokens
 
     def slots(self, start: int, stop: int) -> np.ndarray:
-        """Page slots of positions [start, stop): int64 [stop - start]."""
-        index = np.arange(start, stop)
-        return self.block_table[index // self.block_size].astype(np.int64) * self.block_size + index % self.block_size
+        """Page slots of positions [start, stop): int64 [stop - start], read-only."""
+        return self._slots[start:stop]
 
     def place(self, blocks: list[int], num_tokens: int, tainted_from: int | None) -> None:
         """Own ``blocks``; the KV of the first ``num_tokens`` positions is in them already (a prefix hit)."""
         self.blocks = blocks
         self.block_table = np.array(blocks, np.int32)
+        self._slots = block_slots(self.block_table, self.block_size)
         self.prefix_tokens = self.num_computed = self.num_offered = num_tokens
         self.tainted_from = tainted_from
         for state in self.spans:
@@ -168,9 +169,7 @@ class Sequence:
         embed_base = None if source.embedding is None else source.embedding.offset
         if isinstance(source, Compute):
             record_base = None if state.record is None else state.record.offset
-            state.work = SpanWork(
-                state.span.start, state.span.length, embed_base=embed_base, record_base=record_base
-            )
+            state.work = SpanWork(state.span.start, state.span.length, embed_base=embed_base, record_base=record_base)
         else:
             state.work = SpanWork(
                 state.span.start, state.span.length, source.depths, kv_base=source.kv.offset, embed_base=embed_base
@@ -226,6 +225,8 @@ class Sequence:
 
     def waiting_rows(self) -> int:
         """Rows still to be computed of the prompt, as far as sources are known (others count in full)."""
+        if self.mode is Mode.DECODE:
+            return 0
         return int(self._active[-1] - self._active[min(self.num_computed, self.num_prompt)])
 
     def cached_tokens(self) -> int:
@@ -238,9 +239,8 @@ class Sequence:
 
     def _work(self, start: int, end: int) -> ChunkWork:
         works = [s.work for s in self.spans if s.work is not None and s.span.start < end and s.span.end > start]
-        return ChunkWork(
-            self.tokens, self.positions, self.block_table, start, end, sample=end == self.num_tokens, spans=works
-        )
+        sample = end == self.num_tokens
+        return ChunkWork(self.tokens, self.positions, self.block_table, start, end, sample, works, self._slots)
 
     def _count_active(self) -> None:
         active = np.ones(self.num_prompt, np.int64)
