@@ -166,6 +166,18 @@ def test_taint_after_an_exact_image():
     assert bench.hit(bench.chain(tokens, spans), EXACT) == 8
 
 
+def test_an_exact_image_counts_as_computed_even_if_its_reuse_was_prepared():
+    bench = Bench()
+    tokens = [1, 2, *[7] * 6, 3, 4, *[7] * 6, 6, 8, 9, 10]
+    spans = [image("a", 2, 6), image("b", 10, 6, index=1)]
+    bench.run(bench.chain(tokens, spans), variants={1: V}, tainted_from=10)
+    chain = bench.chain([*tokens, 1, 2], spans)
+    chain.set_variant(0, W)
+    assert bench.hit(chain) == 20 and chain.variants == (None, V) and chain.requested == (W, None)
+    bench.pool.drop_contents()
+    assert bench.hit(chain) == 0 and chain.variants == (W, None), "a later match starts from what is requested"
+
+
 def test_both_images_in_one_block():
     bench = Bench()
     tokens = [1, 7, 7, 2, 7, 7, 3, 4, 5, 6, 8, 9]
@@ -284,6 +296,19 @@ def test_pool_refuses_misuse():
     with pytest.raises(ValueError):
         PagedPool(0)
     pool.validate()
+
+
+def test_spans_of_a_block():
+    spans = [image("b", 6, 6, index=1), image("a", 1, 3), image("c", 13, 9, index=2)]
+    chain = BlockChain(range(24), spans, block_size=4, tenant="")
+    assert [chain.overlaps(block) for block in range(6)] == [
+        range(0, 1),
+        range(1, 2),
+        range(1, 2),
+        range(2, 3),
+        range(2, 3),
+        range(2, 3),
+    ]
 
 
 def test_chain_refuses_misuse():

@@ -96,18 +96,25 @@ class PrefixMachine(RuleBasedStateMachine):
         plan=st.sampled_from(["none", "uniform:5"]),
         reuse=st.sampled_from(ReuseMode),
         variants=st.lists(st.sampled_from(VARIANTS), min_size=6, max_size=6),
+        requested=st.lists(st.sampled_from(VARIANTS), max_size=6),
         again=st.integers(0, 3),
         data=st.data(),
     )
-    def request(self, pieces, tenant, plan, reuse, variants, again, data):
+    def request(self, pieces, tenant, plan, reuse, variants, requested, again, data):
         tokens, spans = prompt(pieces)
         if again and self.running:  # the next turn of a prompt that runs
             known = data.draw(st.sampled_from(self.running))
             tokens, spans, tenant, plan = [*known.tokens, 9], known.spans, known.tenant, known.plan
         chain = BlockChain(tokens, spans, block_size=SIZE, tenant=tenant, plan=plan)
         seq = Running(tokens, spans, tenant, plan, chain, [], 0, None)
+        for span, variant in zip(spans, requested, strict=False):
+            chain.set_variant(span.index, variant)
         offered = self.offered()
+        if again == 3:  # a match given up for want of blocks leaves no trace
+            self.pool.free(self.cache.match(chain, reuse).blocks)
         match = self.cache.match(chain, reuse)
+        for span, have, want in zip(spans, chain.variants, chain.requested, strict=True):
+            assert have == want if span.start >= match.num_tokens else want is None or have in (want, None)
         seq.blocks, seq.matched = list(match.blocks), match.num_tokens
 
         assert match.num_tokens == len(match.blocks) * SIZE < max(len(tokens), 1)

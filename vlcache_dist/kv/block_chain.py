@@ -27,9 +27,9 @@ Variants = tuple[Variant | None, ...]
 class BlockChain:
     """One sequence's tokens, growing, and what its full blocks are called.
 
-    ``variants``, one per span in order of position: the 16-byte variant reused for it; None means computed or,
-    before ``PrefixCache.match``, any. Sequences of two tenants never share a block. Raises ValueError for keys and
-    variants of another size.
+    ``requested``, one per span in order of position: the 16-byte variant that the caller reuses for it; None means
+    computed or, before ``PrefixCache.match``, any. ``variants``: the same, but as matched where a match covers the
+    span. Sequences of two tenants never share a block. Raises ValueError for keys and variants of another size.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class BlockChain:
         for span in self.spans:
             if len(span.key) != KEY_BYTES:
                 raise ValueError(f"span {span.index} has a content key of {len(span.key)} bytes, not {KEY_BYTES}")
-        self._variants: list[Variant | None] = [None] * len(self.spans)
+        self._requested: list[Variant | None] = [None] * len(self.spans)
+        self._variants = self._requested.copy()
         self._tokens = bytearray(np.asarray(tokens, np.int32).tobytes())
         self._first_span = 0  # of the block after the last one in ``_contents``
         self._contents: list[bytes] = []
@@ -67,6 +68,10 @@ class BlockChain:
         return self.num_tokens // self.block_size
 
     @property
+    def requested(self) -> Variants:
+        return tuple(self._requested)
+
+    @property
     def variants(self) -> Variants:
         return tuple(self._variants)
 
@@ -76,13 +81,15 @@ class BlockChain:
 
     def set_variant(self, span_index: int, variant: Variant | None) -> None:
         """Say what a span (by its ``MediaSpan.index``) really reuses, before blocks from there on are inserted."""
-        self.set_variants(self._order[span_index], (variant,))
+        if variant is not None and len(variant) != VARIANT_BYTES:
+            raise ValueError(f"a variant of {len(variant)} bytes, not {VARIANT_BYTES}")
+        place = self._order[span_index]
+        self._requested[place] = variant
+        self.resolve(place, (variant,))
 
-    def set_variants(self, first: int, variants: Variants) -> None:
-        """As ``set_variant`` for consecutive spans by place, the first one in the prompt being 0."""
+    def resolve(self, first: int, variants: Variants) -> None:
+        """Name spans by place (the prompt's first one is 0) after the blocks that a match found for them."""
         for place, variant in enumerate(variants, first):
-            if variant is not None and len(variant) != VARIANT_BYTES:
-                raise ValueError(f"a variant of {len(variant)} bytes, not {VARIANT_BYTES}")
             if self._variants[place] != variant:
                 self._variants[place] = variant
                 del self._approx[self.spans[place].start // self.block_size + 1 :]

@@ -92,29 +92,30 @@ class PrefixCache:
 
         At least the last token is left to compute, and no match ends inside a span: pages hold rotated K, from which
         the span cannot be recorded. With ``ReuseMode.OFF`` nothing matches. Approximate blocks match whatever
-        variants they were made from, unless the chain names others; it names those of the matched spans afterwards.
+        variants they were made from, unless the chain requests others; its ``variants`` say which they were.
         """
         if reuse is ReuseMode.OFF:
             return PrefixMatch((), 0, None)
         limit = max(chain.num_tokens - 1, 0) // chain.block_size
-        given = chain.variants
+        requested = chain.requested
+        chain.resolve(0, requested)
         blocks, tainted_from = self._walk(chain, limit, (self._try_exact,))
         if reuse is ReuseMode.APPROX and len(blocks) < limit and len(self._approx):
-            best = blocks, tainted_from, given
+            best = blocks, tainted_from, chain.variants
             # A stretch may be in both caches, and only one of them lead on to what follows it.
             for sources in ((self._try_exact, self._try_approx), (self._try_approx, self._try_exact)):
-                chain.set_variants(0, given)
+                chain.resolve(0, requested)
                 blocks, tainted_from = self._walk(chain, limit, sources)
                 if len(blocks) > len(best[0]):
                     best = blocks, tainted_from, chain.variants
                 if len(blocks) == limit:
                     break
             blocks, tainted_from, matched = best
-            chain.set_variants(0, matched)
+            chain.resolve(0, matched)
         num_tokens = chain.cut(len(blocks) * chain.block_size)
         del blocks[num_tokens // chain.block_size :]
         covered = sum(span.start < num_tokens for span in chain.spans)
-        chain.set_variants(covered, given[covered:])
+        chain.resolve(covered, requested[covered:])
         if tainted_from is not None and tainted_from >= num_tokens:
             tainted_from = None
         self._pool.share(blocks)
@@ -169,7 +170,12 @@ class PrefixCache:
         return blocks, tainted_from
 
     def _try_exact(self, chain: BlockChain, index: int) -> int | None:
-        return self._exact.get(chain.exact_parent(index), chain.contents(index)).get(())
+        block = self._exact.get(chain.exact_parent(index), chain.contents(index)).get(())
+        if block is not None:
+            for place in chain.overlaps(index):
+                if chain.spans[place].start >= index * chain.block_size:
+                    chain.resolve(place, (None,))
+        return block
 
     def _try_approx(self, chain: BlockChain, index: int) -> int | None:
         overlaps = chain.overlaps(index)
@@ -177,6 +183,6 @@ class PrefixCache:
         known = self._approx.get(chain.approx_parent(index), chain.contents(index))
         for variants in reversed(known):
             if all(want is None or want == have for want, have in zip(wanted, variants, strict=True)):
-                chain.set_variants(overlaps.start, variants)
+                chain.resolve(overlaps.start, variants)
                 return known[variants]
         return None
