@@ -258,6 +258,13 @@ class StatusReply(Message, frozen=True):
     status: dict[str, Any]
 
 
+class Forget(Message, frozen=True):
+    """An object will not be used again: free it as soon as nobody reads it. Unknown objects are ignored."""
+
+    key: ContentKey
+    kind: ObjectKind
+
+
 class Drain(Message, frozen=True):
     """Take no new requests; finish what runs."""
 
@@ -285,11 +292,13 @@ class MediaReply(Message, frozen=True):
 
 class Encode(Message, frozen=True):
     """Make sure the encoder output of a span exists, and say where. The encoder is single flight per key. Bytes may
-    be attached; otherwise they are pulled from ``source`` when needed. Errors: InvalidMedia, Overloaded."""
+    be attached; otherwise they are pulled from ``source`` when needed. ``private``: the result is not announced (the
+    request reads and fills no cache; its keys are its own). Errors: InvalidMedia, Overloaded."""
 
     span: MediaSpan
     source: MediaSource
     timeout_s: float
+    private: bool = False
 
 
 class Encoded(Message, frozen=True):
@@ -393,6 +402,7 @@ REPLIES: dict[type[Message], type[Message]] = {
     Renew: Lease,
     Release: Released,
     Status: StatusReply,
+    Forget: Ok,
     Drain: Ok,
     GetMedia: MediaReply,
     Encode: Encoded,

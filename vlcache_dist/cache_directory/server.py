@@ -1,0 +1,106 @@
+"""One shard of the cache directory on the network: the state machine behind an RPC server, long polls, a timer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterable
+
+from vlcache_dist import wire
+from vlcache_dist.cache_directory.state import DirectoryState, Name
+from vlcache_dist.rpc import Call, RpcServer
+
+
+class DirectoryServer:
+    """Owns its state; ``heartbeat_s`` and ``expiry_s`` are what members are told to keep."""
+
+    def __init__(self, host: str = "127.0.0.1", *, heartbeat_s: float = 0.5, expiry_s: float = 3.0) -> None:
+        self.state = DirectoryState(uuid.uuid4().hex, expiry_s=expiry_s)
+        self._heartbeat_s = heartbeat_s
+        self._waiters: dict[Name, asyncio.Event] = {}
+        self._timer: asyncio.Task[None] | None = None
+        self.rpc = RpcServer(host)
+        for kind, handler in {
+            wire.Register: self._register,
+            wire.Unregister: self._unregister,
+            wire.Heartbeat: self._heartbeat,
+            wire.ListMembers: self._members,
+            wire.Announce: self._announce,
+            wire.Retract: self._retract,
+            wire.Lookup: self._lookup,
+            wire.Claim: self._claim,
+            wire.Unclaim: self._unclaim,
+            wire.Await: self._await,
+            wire.Status: self._status,
+        }.items():
+            self.rpc.handle(kind, handler)
+
+    async def start(self) -> str:
+        """Returns the address."""
+        address = await self.rpc.start()
+        self._timer = asyncio.create_task(self._expire())
+        return address
+
+    async def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        await self.rpc.close()
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(self.state.expiry_s / 6)
+            self._wake(self.state.expire(time.monotonic()))
+
+    def _wake(self, names: Iterable[Name]) -> None:
+        for name in names:
+            if (event := self._waiters.pop(name, None)) is not None:
+                event.set()
+
+    async def _register(self, message: wire.Register, call: Call) -> wire.Registered:
+        self._wake(self.state.register(message.info, time.monotonic()))
+        return wire.Registered(self.state.epoch, self._heartbeat_s, self.state.expiry_s)
+
+    async def _unregister(self, message: wire.Unregister, call: Call) -> wire.Ok:
+        self._wake(self.state.remove(message.worker_id, time.monotonic(), "left"))
+        return wire.Ok()
+
+    async def _heartbeat(self, message: wire.Heartbeat, call: Call) -> wire.HeartbeatAck:
+        known = self.state.heartbeat(message.worker_id, message.load, message.draining, time.monotonic())
+        return wire.HeartbeatAck(self.state.epoch, known)
+
+    async def _members(self, message: wire.ListMembers, call: Call) -> wire.Members:
+        return wire.Members(self.state.epoch, self.state.members(message.role, time.monotonic()))
+
+    async def _announce(self, message: wire.Announce, call: Call) -> wire.Ok:
+        self._wake(self.state.announce(message, time.monotonic()))
+        return wire.Ok()
+
+    async def _retract(self, message: wire.Retract, call: Call) -> wire.Ok:
+        for key, kind, variant in message.objects:
+            self.state.retract(message.worker_id, (kind, key), variant, time.monotonic())
+        return wire.Ok()
+
+    async def _lookup(self, message: wire.Lookup, call: Call) -> wire.Found:
+        return wire.Found(self.state.epoch, tuple(self.state.lookup(key) for key in message.keys))
+
+    async def _claim(self, message: wire.Claim, call: Call) -> wire.ClaimReply:
+        return self.state.claim(message, time.monotonic())
+
+    async def _unclaim(self, message: wire.Unclaim, call: Call) -> wire.Ok:
+        self._wake(self.state.unclaim(message.worker_id, (message.kind, message.key), time.monotonic()))
+        return wire.Ok()
+
+    async def _await(self, message: wire.Await, call: Call) -> wire.Awaited:
+        name = (message.kind, message.key)
+        if not self.state.settled(name):
+            event = self._waiters.setdefault(name, asyncio.Event())
+            try:
+                async with asyncio.timeout(message.timeout_s):
+                    await event.wait()
+            except TimeoutError:
+                return wire.Awaited(())
+        return wire.Awaited(self.state.holders(name))
+
+    async def _status(self, message: wire.Status, call: Call) -> wire.StatusReply:
+        return wire.StatusReply(self.state.stats())

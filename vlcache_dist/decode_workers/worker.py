@@ -1,0 +1,154 @@
+"""The decode worker: takes over prefilled sequences and batches them continuously until their last token.
+
+An image's KV comes from the own store if it is there, else once from the prefill worker; only text KV and recomputed
+rows travel for every request. Plain Python over a ``Node`` and an ``Engine``; the Ray actor around it is in ``actor.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from vlcache_dist import wire
+from vlcache_dist.engine.api import Admitted, Event, Import, Mode, TokenEvent
+from vlcache_dist.engine.bridge import EngineBridge
+from vlcache_dist.engine.engine import Engine
+from vlcache_dist.errors import EngineError, TransferFailed, VLCacheError
+from vlcache_dist.kv.object_store import Extent
+from vlcache_dist.node import Node
+from vlcache_dist.rpc import Call
+from vlcache_dist.types import FinishReason, ObjectKind, TokenLogprobs
+
+log = logging.getLogger(__name__)
+
+
+class DecodeWorker:
+    """Owns the engine."""
+
+    def __init__(self, node: Node, engine: Engine) -> None:
+        self.node = node
+        self.engine = engine
+        self._bridge = EngineBridge(engine, lambda event: None, name=f"{node.name}-engine")
+        self._images_fetched = 0
+        self._handoff_bytes = 0
+        node.handle(wire.Decode, self.decode)
+        node.on_load(self.load)
+        node.on_status(self.status)
+        node.on_health(lambda: self._bridge.healthy)
+
+    async def start(self) -> None:
+        self._bridge.start()
+        await self.node.start()
+
+    async def close(self) -> None:
+        await self.node.close()
+        await self._bridge.close()
+
+    def load(self) -> wire.WorkerLoad:
+        stats = self.engine.stats()
+        return wire.WorkerLoad(
+            running=stats.running,
+            waiting=stats.waiting,
+            kv_blocks_free=stats.blocks_free,
+            kv_blocks_total=stats.blocks_total,
+        )
+
+    async def status(self) -> dict[str, object]:
+        stats = await self._bridge.call(lambda engine: engine.stats())
+        return {
+            "engine": msgspec.to_builtins(stats),
+            "images_fetched": self._images_fetched,
+            "handoff_bytes": self._handoff_bytes,
+        }
+
+    async def decode(self, message: wire.Decode, call: Call) -> AsyncIterator[wire.Tokens]:
+        """Handler of ``wire.Decode``. Leaving it early frees everything; the ticket is released in any case."""
+        generation = message.generation
+        request_id = generation.request_id
+        deadline = asyncio.get_running_loop().time() + message.timeout_s
+        queue = self._bridge.open(request_id)
+        finished = False
+        taken = False
+        try:
+            await self._bridge.call(lambda engine: engine.add(generation, time.monotonic(), Mode.DECODE))
+            event = await EngineBridge.next_event(queue, deadline)
+            if not isinstance(event, Admitted):
+                raise EngineError(f"{type(event).__name__} came before admission")
+            kv, moved, images = await self._take(message)
+            taken = True
+            self._release_ticket(message.handoff)
+            await self._bridge.call(
+                lambda engine: engine.import_sequence(request_id, message.first_token, kv, time.monotonic())
+            )
+            while not finished:
+                tokens = await self._tokens(queue, deadline)
+                finished = tokens.finish is not None
+                yield msgspec.structs.replace(tokens, bytes_moved=moved, images_moved=images)
+                moved = images = 0
+        finally:
+            if not taken:
+                self._release_ticket(message.handoff)
+            if not finished:
+                await self._bridge.call(lambda engine: engine.abort(request_id, time.monotonic()))
+            self._bridge.shut(request_id)
+
+    async def _take(self, message: wire.Decode) -> tuple[Import, int, int]:
+        """The handoff's KV in this worker's arena: (what to import, bytes moved, image objects fetched)."""
+        handoff, store = message.handoff, self.node.store
+        objects: dict[int, Extent] = {}
+        staging: Extent | None = None
+        moved = images = 0
+        try:
+            for span in handoff.spans:
+                extent = store.lookup(ObjectKind.KV, span.key, span.variant, pin=True)
+                if extent is None:
+                    nbytes = message.generation.spans[span.index].length * self.node.layout.kv_token * self.node.layout.itemsize
+                    holder = wire.Holder(handoff.worker_id, handoff.address, span.variant, nbytes)
+                    media = message.generation.spans[span.index]
+                    extent = await self.node.fetch(holder, ObjectKind.KV, media, exact_variant=True)
+                    moved += nbytes
+                    images += 1
+                objects[span.index] = extent
+            if handoff.staging is not None:
+                staging = await self.node.fetch_staging(handoff.worker_id, handoff.address, handoff.staging)
+                moved += handoff.staging.nbytes
+        except BaseException as error:
+            for extent in objects.values():
+                store.unpin(extent)
+            if isinstance(error, VLCacheError):
+                raise TransferFailed(f"the handoff from {handoff.worker_id} failed: {error}") from error
+            raise
+        self._images_fetched += images
+        self._handoff_bytes += moved
+        return Import(handoff.num_tokens, handoff.rows, objects, staging), moved, images
+
+    @staticmethod
+    async def _tokens(queue: asyncio.Queue[Event], deadline: float) -> wire.Tokens:
+        """All tokens that are there now, at least one."""
+        ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        finish: FinishReason | None = None
+        while finish is None and (not ids or not queue.empty()):
+            event = await EngineBridge.next_event(queue, deadline)
+            if not isinstance(event, TokenEvent):
+                raise EngineError(f"{type(event).__name__} while decoding")
+            ids.append(event.token_id)
+            if event.logprobs is not None:
+                logprobs.append(event.logprobs)
+            finish = event.finish
+        return wire.Tokens(tuple(ids), tuple(logprobs), finish)
+
+    def _release_ticket(self, handoff: wire.Handoff) -> None:
+        """Tell the prefill worker, without waiting for it; if the word is lost, the ticket expires there."""
+
+        async def release() -> None:
+            try:
+                await self.node.client.call(handoff.address, wire.ReleaseHandoff(handoff.ticket), timeout_s=5.0)
+            except VLCacheError as error:
+                log.warning("the prefill worker %s did not hear that %s is released: %s", handoff.worker_id, handoff.ticket, error)
+
+        self.node.spawn(release())

@@ -1,0 +1,206 @@
+"""The vision-encoder worker: pictures in, encoder output in its store, announced and readable by any prefill worker.
+
+Plain Python over a ``Node``; the Ray actor around it is in ``actor.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from vlcache_dist import wire
+from vlcache_dist.encoder_workers.scheduler import EncodeJob, EncodeScheduler
+from vlcache_dist.errors import DeadlineExceeded, InvalidMedia, Overloaded, ProtocolError, VLCacheError
+from vlcache_dist.kv.object_store import Extent
+from vlcache_dist.media import MediaItem, MediaProcessor, Patches
+from vlcache_dist.node import Node
+from vlcache_dist.rpc import Call
+from vlcache_dist.types import ContentKey, MediaSpan, ObjectKind
+
+log = logging.getLogger(__name__)
+
+
+class Tower(Protocol):
+    """patches [N, C*T*P*P] of all pictures, packed, and their grids -> embeddings [tokens, hidden]."""
+
+    def __call__(self, patches: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> torch.Tensor: ...
+
+
+@dataclass(slots=True)
+class _Task:
+    """One picture on its way. ``result`` is shared by all who asked for it."""
+
+    span: MediaSpan
+    patches: Patches | None = None
+    result: asyncio.Future[Extent] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    waiters: int = 0
+
+
+class EncoderWorker:
+    """Owns the vision tower. Encoding is single flight per content key; a picture that fails, fails alone.
+
+    ``max_patches`` bounds one forward pass, ``max_waiting_tokens`` the queue (above it: Overloaded).
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        tower: Tower,
+        processor: MediaProcessor,
+        *,
+        max_patches: int = 16_384,
+        max_waiting_tokens: int = 262_144,
+    ) -> None:
+        self.node = node
+        self._tower = tower
+        self._processor = processor
+        self._scheduler = EncodeScheduler(max_patches)
+        self._max_waiting_tokens = max_waiting_tokens
+        self._tasks: dict[ContentKey, _Task] = {}
+        self._wake = asyncio.Event()
+        self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode-media")
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="vision-tower")
+        self.num_encoded = 0
+        self.encoded_tokens = 0
+        self.busy_s = 0.0
+        node.handle(wire.Encode, self.encode)
+        node.on_load(self.load)
+        node.on_status(self.status)
+
+    async def start(self) -> None:
+        await self.node.start()
+        self.node.spawn(self._encode_forever())
+
+    async def close(self) -> None:
+        await self.node.close()
+        self._device.shutdown(wait=True)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    def load(self) -> wire.WorkerLoad:
+        return wire.WorkerLoad(
+            running=len(self._tasks) - len(self._scheduler),
+            waiting=len(self._scheduler),
+            waiting_tokens=self._scheduler.waiting_tokens,
+            tokens_per_s=self.encoded_tokens / self.busy_s if self.busy_s else 0.0,
+        )
+
+    def status(self) -> dict[str, object]:
+        return {"encoded_items": self.num_encoded, "encoded_tokens": self.encoded_tokens, "busy_s": self.busy_s}
+
+    async def encode(self, message: wire.Encode, call: Call) -> wire.Encoded:
+        """Handler of ``wire.Encode``: answers when the encoder output is committed here."""
+        key = message.span.key
+        if (extent := self.node.store.lookup(ObjectKind.EMBEDDING, key)) is not None:
+            return wire.Encoded(self.node.holder_of(extent), computed=False)
+        task = self._tasks.get(key)
+        computed = task is None
+        if task is None:
+            if self._scheduler.waiting_tokens > self._max_waiting_tokens:
+                raise Overloaded(f"{self._scheduler.waiting_tokens} vision tokens wait for the encoder")
+            task = self._tasks[key] = _Task(message.span)
+            self.node.spawn(self._prepare(task, message, call))
+        task.waiters += 1
+        try:
+            async with asyncio.timeout(message.timeout_s):
+                extent = await asyncio.shield(task.result)
+        except TimeoutError:
+            raise DeadlineExceeded(f"encoding took longer than {message.timeout_s:.1f} s") from None
+        finally:
+            task.waiters -= 1
+            if task.waiters == 0 and self._scheduler.cancel(key):
+                self._finish(task, None)  # nobody waits and it has not started: forget it
+        return wire.Encoded(self.node.holder_of(extent), computed)
+
+    async def _prepare(self, task: _Task, message: wire.Encode, call: Call) -> None:
+        """Get the bytes, decode them off the loop, queue the picture."""
+        span = task.span
+        try:
+            files = call.attachments or await self._pull(message)
+            item = MediaItem.of(span.modality, tuple(files), where=f"item {span.index}")
+            loop = asyncio.get_running_loop()
+            patches = await loop.run_in_executor(self._decoders, self._processor.patches, item)
+            if patches.grid != tuple(span.grid):
+                raise InvalidMedia(f"item {span.index}: its grid is {patches.grid}, its header promised {span.grid}")
+        except VLCacheError as error:
+            self._finish(task, error)
+            return
+        if task.waiters == 0:
+            self._finish(task, None)
+            return
+        task.patches = patches
+        self._scheduler.add(EncodeJob(span.key, len(patches.values), span.length))
+        self._wake.set()
+
+    async def _pull(self, message: wire.Encode) -> Sequence[bytes]:
+        source = message.source
+        reply, files = await self.node.client.call_with_attachments(
+            source.address, wire.GetMedia(source.request_id, message.span.index), timeout_s=message.timeout_s
+        )
+        if not isinstance(reply, wire.MediaReply) or reply.frames != len(files):
+            raise ProtocolError(f"the ingress promised other frames than the {len(files)} it sent")
+        return files
+
+    async def _encode_forever(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while batch := self._scheduler.next_batch():
+                await self._encode_batch([self._tasks[job.key] for job in batch])
+
+    async def _encode_batch(self, tasks: list[_Task]) -> None:
+        """One forward pass; if it fails with several pictures, each is tried alone."""
+        started = time.perf_counter()
+        try:
+            extents = await asyncio.get_running_loop().run_in_executor(self._device, self._run, tasks)
+        except Exception as error:
+            if len(tasks) > 1:
+                log.warning("a batch of %d pictures failed (%s); trying them one by one", len(tasks), error)
+                for task in tasks:
+                    await self._encode_batch([task])
+                return
+            log.exception("encoding %s failed", tasks[0].span.key.hex()[:16])
+            self._finish(tasks[0], error if isinstance(error, VLCacheError) else InvalidMedia(f"encoding failed: {error}"))
+            return
+        finally:
+            self.busy_s += time.perf_counter() - started
+        for task, extent in zip(tasks, extents, strict=True):
+            self.num_encoded += 1
+            self.encoded_tokens += task.span.length
+            self.node.announce(extent)
+            self._finish(task, None, extent)
+
+    def _run(self, tasks: list[_Task]) -> list[Extent]:
+        """In the tower's thread: forward pass, then into the store."""
+        patches = [task.patches for task in tasks if task.patches is not None]
+        packed = torch.cat([torch.from_numpy(p.values) for p in patches])
+        out = self._tower(packed, [p.grid for p in patches])
+        extents: list[Extent] = []
+        row = 0
+        for task in tasks:
+            rows = out[row : row + task.span.length]
+            row += task.span.length
+            extents.append(self.node.put(ObjectKind.EMBEDDING, task.span, rows))
+        return extents
+
+    def _finish(self, task: _Task, error: BaseException | None, extent: Extent | None = None) -> None:
+        if self._tasks.get(task.span.key) is task:
+            del self._tasks[task.span.key]
+        if task.result.done():
+            return
+        if extent is not None:
+            task.result.set_result(extent)
+        elif error is not None:
+            task.result.set_exception(error)
+            if task.waiters == 0:
+                task.result.exception()  # retrieved: nobody is left to hear it
+        else:
+            task.result.cancel()
+
+

@@ -1,0 +1,229 @@
+"""Where one request's image KV comes from: every span is given a source, in prompt order.
+
+::
+
+    own store ─> a holder elsewhere (lease, READ, validate) ─> compute: claim the key (single flight), record and announce
+                                                              └─ somebody else computes it: wait, then start over
+
+Whatever fails falls one rung down, KV -> encoder output -> encoding again, and never to a wrong answer. A request
+that holds a claim never waits for another producer before its own claims are settled, so two requests with the same
+images in opposite order cannot wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from vlcache_dist import wire
+from vlcache_dist.engine.api import Compute, Reuse
+from vlcache_dist.engine.engine import Engine, new_variant
+from vlcache_dist.errors import BadRequest, CacheError, DeadlineExceeded, Overloaded, VLCacheError, WorkerLost
+from vlcache_dist.kv.object_store import Extent
+from vlcache_dist.node import Node
+from vlcache_dist.prefill_workers.production import LocalProduction
+from vlcache_dist.reuse.plan import Plan
+from vlcache_dist.types import ContentKey, KVSource, MediaSpan, ObjectKind, ReuseMode
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+ENCODE_ATTEMPTS = 3
+MIN_PATIENCE_S = 0.5  #: with less time left than twice this, a request computes rather than waits
+
+
+class SpanResolver:
+    """One request's. ``on_engine`` runs a function in the engine's thread; ``encoders`` lists the living encoder
+    workers' addresses, the preferred one for a key first; ``deadline`` is on the monotonic clock."""
+
+    def __init__(
+        self,
+        node: Node,
+        production: LocalProduction,
+        on_engine: Callable[[Callable[[Engine], T]], Awaitable[T]],
+        encoders: Callable[[ContentKey], Sequence[str]],
+        message: wire.Prefill,
+        deadline: float,
+    ) -> None:
+        self._node = node
+        self._production = production
+        self._on_engine = on_engine
+        self._encoders = encoders
+        self._generation = message.generation
+        self._source = message.source
+        self._plan = Plan.parse(message.generation.plan)
+        self._deadline = deadline
+        self._claims: set[ContentKey] = set()
+        self._settled = asyncio.Event()
+        self._settled.set()
+
+    async def run(self, needed: Sequence[int]) -> None:
+        """Resolve the spans ``needed``, in order. Raises the error that ends the request."""
+        for index in needed:
+            source = await self._resolve(index, self._generation.spans[index])
+            await self._on_engine(lambda e, i=index, s=source: e.provide(self._generation.request_id, i, s))  # type: ignore[misc]
+
+    def settle(self, key: ContentKey) -> None:
+        """The engine recorded the span, or dropped the record: this request's claim on ``key`` is over."""
+        if key in self._claims:
+            self._claims.discard(key)
+            self._production.end(key)
+        if not self._claims:
+            self._settled.set()
+
+    def close(self) -> None:
+        """Give up every claim that is left (the request is over)."""
+        for key in list(self._claims):
+            self._give_up(key)
+
+    # -- one span -----------------------------------------------------------------------------------------------
+
+    async def _resolve(self, index: int, span: MediaSpan) -> Compute | Reuse:
+        if self._generation.reuse is ReuseMode.OFF:
+            return Compute(await self._embedding(span))
+        allowed = await self._on_engine(lambda engine: engine.recordable(self._generation.request_id, index))
+        if self._generation.reuse is ReuseMode.EXACT or self._plan.is_full(span.length, self._node.layout.num_layers):
+            record = self._record_extent(span) if allowed and await self._claim(span.key) else None
+            return await self._compute(span, record)
+        tried: set[bytes] = set()
+        while True:
+            if (reuse := await self._from_stores(span, tried)) is not None:
+                return reuse
+            if allowed and await self._claim(span.key):
+                return await self._compute(span, self._record_extent(span))
+            if not await self._wait_for_producer(span.key, tried):
+                return await self._compute(span, None)
+
+    async def _compute(self, span: MediaSpan, record: Extent | None) -> Compute:
+        try:
+            return Compute(await self._embedding(span), record)
+        except BaseException:
+            if record is not None:
+                self._node.store.abort(record)
+                self._give_up(span.key)
+            raise
+
+    async def _from_stores(self, span: MediaSpan, tried: set[bytes]) -> Reuse | None:
+        """KV from the own store or from any announced holder that was not tried in vain."""
+        if (kv := self._node.store.lookup(ObjectKind.KV, span.key, pin=True)) is not None:
+            return await self._reuse(span, kv, KVSource.LOCAL)
+        for holder in await self._node.holders(ObjectKind.KV, span.key):
+            if holder.worker_id == self._node.worker_id or self._attempt(holder) in tried:
+                continue
+            tried.add(self._attempt(holder))
+            try:
+                kv = await self._node.fetch(holder, ObjectKind.KV, span)
+            except VLCacheError as error:
+                log.warning("KV of %s not had from %s: %s", span.key.hex()[:16], holder.worker_id, error)
+                continue
+            return await self._reuse(span, kv, KVSource.REMOTE, holder.worker_id)
+        return None
+
+    async def _reuse(self, span: MediaSpan, kv: Extent, source: KVSource, holder: str = "") -> Reuse:
+        """A source from a pinned KV object, with the encoder output of the rows to recompute."""
+        depths = self._plan.depths(span.length, self._node.layout.num_layers)
+        moved = kv.elements * self._node.layout.itemsize if source is KVSource.REMOTE else 0
+        rows = int((depths > 0).sum())
+        embedding = None
+        try:
+            if rows:
+                embedding = await self._embedding(span, rows)
+        except BaseException:
+            self._node.store.unpin(kv)
+            raise
+        return Reuse(kv, depths, embedding, source, moved, holder)
+
+    # -- single flight ------------------------------------------------------------------------------------------
+
+    async def _claim(self, key: ContentKey) -> bool:
+        """Try to become the one producer of the key's KV, in this worker and in the cluster."""
+        if not self._production.begin(key):
+            return False
+        try:
+            granted = (await self._node.claim(ObjectKind.KV, key)).granted
+        except BaseException:
+            self._production.end(key)
+            raise
+        if not granted:
+            self._production.end(key)
+            return False
+        self._claims.add(key)
+        self._settled.clear()
+        return True
+
+    async def _wait_for_producer(self, key: ContentKey, tried: set[bytes]) -> bool:
+        """Wait for whoever computes the KV now. True: look again. False: nobody does, or time is short."""
+        patience = (self._deadline - time.monotonic()) / 2
+        if patience < MIN_PATIENCE_S:
+            return False
+        if self._production.active(key):
+            await self._settled.wait()
+            await self._production.wait(key, patience)
+            return True
+        state = await self._node.lookup(key)
+        if any(self._attempt(holder) not in tried for holder in state.kv if holder.worker_id != self._node.worker_id):
+            return True
+        if state.producer is None or state.producer == self._node.worker_id:
+            return False
+        await self._settled.wait()
+        await self._node.await_key(ObjectKind.KV, key, patience)
+        return True
+
+    def _record_extent(self, span: MediaSpan) -> Extent | None:
+        """Room to record a claimed span in; None (and the claim is given up) if there is none."""
+        try:
+            return self._node.begin(ObjectKind.KV, span, new_variant())
+        except CacheError as error:
+            log.warning("no room to record %s: %s", span.key.hex()[:16], error)
+            self._give_up(span.key)
+            return None
+
+    def _give_up(self, key: ContentKey) -> None:
+        self._node.unclaim(ObjectKind.KV, key)
+        self.settle(key)
+
+    @staticmethod
+    def _attempt(holder: wire.Holder) -> bytes:
+        return holder.worker_id.encode() + holder.variant
+
+    # -- encoder output -----------------------------------------------------------------------------------------
+
+    async def _embedding(self, span: MediaSpan, rows: int | None = None) -> Extent:
+        """The span's encoder output (its first ``rows`` rows at least), pinned: own store, a holder, an encoder."""
+        if (extent := self._node.store.lookup(ObjectKind.EMBEDDING, span.key, pin=True)) is not None:
+            return extent
+        failures: list[str] = []
+        if self._generation.reuse is not ReuseMode.OFF:
+            for holder in await self._node.holders(ObjectKind.EMBEDDING, span.key):
+                if holder.worker_id == self._node.worker_id:
+                    continue
+                try:
+                    return await self._node.fetch(holder, ObjectKind.EMBEDDING, span, rows=rows)
+                except VLCacheError as error:
+                    failures.append(f"{holder.worker_id}: {error}")
+        for address in list(self._encoders(span.key))[:ENCODE_ATTEMPTS]:
+            try:
+                return await self._encode(address, span, rows)
+            except (BadRequest, DeadlineExceeded):
+                raise
+            except VLCacheError as error:
+                failures.append(f"{address}: {error}")
+        log.warning("no encoder output of %s: %s", span.key.hex()[:16], "; ".join(failures))
+        raise (Overloaded if failures else WorkerLost)(
+            f"no encoder could be reached for item {span.index} ({'; '.join(failures) or 'none is alive'})"
+        )
+
+    async def _encode(self, address: str, span: MediaSpan, rows: int | None) -> Extent:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            raise DeadlineExceeded("no time is left to encode the pictures")
+        private = self._generation.reuse is ReuseMode.OFF
+        message = wire.Encode(span, self._source, timeout_s=remaining, private=private)
+        reply = await self._node.client.call(address, message, timeout_s=remaining)
+        assert isinstance(reply, wire.Encoded)
+        extent = await self._node.fetch(reply.holder, ObjectKind.EMBEDDING, span, rows=rows)
+        if private:
+            self._node.forget(address, ObjectKind.EMBEDDING, span.key)
+        return extent

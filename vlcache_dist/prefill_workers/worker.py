@@ -1,0 +1,217 @@
+"""The prefill worker: prompts in, first tokens out, KV parked until a decode worker has taken it.
+
+Plain Python over a ``Node`` and an ``Engine``; the Ray actor around it is in ``actor.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import msgspec
+
+from vlcache_dist import wire
+from vlcache_dist.engine.api import Admitted, Event, Mode, PrefillDone, RecordDropped, SpanRecorded, TokenEvent
+from vlcache_dist.engine.bridge import EngineBridge
+from vlcache_dist.engine.engine import Engine
+from vlcache_dist.errors import EngineError
+from vlcache_dist.node import Node
+from vlcache_dist.prefill_workers.production import LocalProduction
+from vlcache_dist.prefill_workers.resolver import SpanResolver
+from vlcache_dist.rpc import Call
+from vlcache_dist.types import ObjectKind
+
+log = logging.getLogger(__name__)
+SPEED_WINDOW = 0.2  #: weight of the latest prefill in the reported tokens/s
+
+
+@dataclass(slots=True)
+class _Parked:
+    """A prefilled sequence that waits for its decode worker; ``expires`` on the loop's clock."""
+
+    request_id: str
+    lease: wire.Lease | None
+    expires: float
+
+
+class PrefillWorker:
+    """Owns the engine. A parked sequence is freed by ``ReleaseHandoff``, or when its request's time is over."""
+
+    def __init__(self, node: Node, engine: Engine) -> None:
+        self.node = node
+        self.engine = engine
+        self._bridge = EngineBridge(engine, self._stray, name=f"{node.name}-engine")
+        self._production = LocalProduction()
+        self._resolvers: dict[str, SpanResolver] = {}
+        self._parked: dict[str, _Parked] = {}
+        self._tokens_per_s = 0.0
+        node.handle(wire.Prefill, self.prefill)
+        node.handle(wire.ReleaseHandoff, self.release_handoff)
+        node.on_load(self.load)
+        node.on_status(self.status)
+        node.on_health(lambda: self._bridge.healthy)
+
+    async def start(self) -> None:
+        self._bridge.start()
+        await self.node.start()
+        self.node.spawn(self._expire_parked())
+
+    async def close(self) -> None:
+        await self.node.close()
+        await self._bridge.close()
+
+    def load(self) -> wire.WorkerLoad:
+        stats = self.engine.stats()
+        return wire.WorkerLoad(
+            running=stats.running,
+            waiting=stats.waiting,
+            waiting_tokens=stats.waiting_tokens,
+            kv_blocks_free=stats.blocks_free,
+            kv_blocks_total=stats.blocks_total,
+            tokens_per_s=self._tokens_per_s,
+        )
+
+    async def status(self) -> dict[str, object]:
+        stats = await self._bridge.call(lambda engine: engine.stats())
+        return {
+            "engine": msgspec.to_builtins(stats),
+            "parked": len(self._parked),
+            "producing": len(self._production),
+            "tokens_per_s": self._tokens_per_s,
+        }
+
+    async def prefill(self, message: wire.Prefill, call: Call) -> AsyncIterator[wire.Prefilled]:
+        """Handler of ``wire.Prefill``. Leaving it early (cancel, deadline, error) frees everything it held."""
+        generation = message.generation
+        request_id = generation.request_id
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + message.timeout_s
+        resolver = SpanResolver(
+            self.node, self._production, self._bridge.call, self.node.encoders, message, time.monotonic() + message.timeout_s
+        )
+        queue = self._bridge.open(request_id)
+        self._resolvers[request_id] = resolver
+        resolving: asyncio.Task[None] | None = None
+        done: PrefillDone | None = None
+        finished = False
+        try:
+            await self._bridge.call(lambda engine: engine.add(generation, time.monotonic(), Mode.PREFILL))
+            while True:
+                event = await self._next(queue, deadline, resolving)
+                if isinstance(event, Admitted):
+                    resolving = asyncio.create_task(resolver.run(event.needed))
+                elif isinstance(event, SpanRecorded | RecordDropped):
+                    self._settle(event, resolver)
+                elif isinstance(event, PrefillDone):
+                    done = event
+                elif isinstance(event, TokenEvent):
+                    if done is None:
+                        raise EngineError("a token came before its prefill was done")
+                    self._measure(done)
+                    handoff = None
+                    if event.finish is None:
+                        handoff = await self._park(request_id, deadline)
+                    finished = True
+                    yield self._prefilled(event, done, handoff)
+                    return
+        finally:
+            if resolving is not None:
+                resolving.cancel()
+                await asyncio.gather(resolving, return_exceptions=True)
+            resolver.close()
+            if not finished:
+                self._parked.pop(request_id, None)
+                await self._bridge.call(lambda engine: engine.abort(request_id, time.monotonic()))
+            self._bridge.shut(request_id)
+            del self._resolvers[request_id]
+
+    async def release_handoff(self, message: wire.ReleaseHandoff, call: Call) -> wire.Ok:
+        """Handler of ``wire.ReleaseHandoff``; an unknown ticket is fine (it expired, or was released before)."""
+        await self._release(message.ticket)
+        return wire.Ok()
+
+    @staticmethod
+    async def _next(queue: asyncio.Queue[Event], deadline: float, resolving: asyncio.Task[None] | None) -> Event:
+        """The next event, or the resolver's error if that comes first."""
+        if resolving is None or resolving.done():
+            if resolving is not None:
+                resolving.result()
+            return await EngineBridge.next_event(queue, deadline)
+        coming = asyncio.create_task(EngineBridge.next_event(queue, deadline))
+        try:
+            await asyncio.wait({coming, resolving}, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                resolving.result()
+            return await coming
+        finally:
+            coming.cancel()
+
+    async def _park(self, request_id: str, deadline: float) -> wire.Handoff:
+        export = await self._bridge.call(lambda engine: engine.export(request_id, time.monotonic()))
+        remaining = deadline - asyncio.get_running_loop().time()
+        lease = self.node.lease(export.staging, remaining) if export.staging is not None else None
+        self._parked[request_id] = _Parked(request_id, lease, deadline)
+        return wire.Handoff(
+            worker_id=self.node.worker_id,
+            address=self.node.address,
+            ticket=request_id,
+            num_tokens=export.num_tokens,
+            rows=export.rows,
+            spans=tuple(wire.HandoffSpan(span.index, span.key, span.variant) for span in export.spans),
+            staging=lease,
+        )
+
+    async def _release(self, ticket: str) -> None:
+        parked = self._parked.pop(ticket, None)
+        if parked is None:
+            return
+        if parked.lease is not None:
+            self.node.store.release(parked.lease.lease_id, parked.lease.generation, time.monotonic())
+        await self._bridge.call(lambda engine: engine.release(ticket))
+
+    async def _expire_parked(self) -> None:
+        """Free what nobody came for: the ingress or the decode worker died."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(1.0)
+            for ticket in [t for t, parked in self._parked.items() if parked.expires <= loop.time()]:
+                log.warning("nobody took over %s in time; its KV is freed", ticket)
+                await self._release(ticket)
+
+    def _prefilled(self, token: TokenEvent, done: PrefillDone, handoff: wire.Handoff | None) -> wire.Prefilled:
+        return wire.Prefilled(
+            token_id=token.token_id,
+            logprobs=token.logprobs,
+            finish=token.finish,
+            reports=done.reports,
+            cached_tokens=done.cached_tokens,
+            handoff=handoff,
+            queue_ms=done.queue_s * 1e3,
+            compute_ms=done.compute_s * 1e3,
+        )
+
+    def _settle(self, event: SpanRecorded | RecordDropped, resolver: SpanResolver | None) -> None:
+        if isinstance(event, SpanRecorded):
+            key = event.extent.key
+            self.node.announce(event.extent)
+        else:
+            key = event.key
+            self.node.unclaim(ObjectKind.KV, key)
+        if resolver is not None:
+            resolver.settle(key)
+
+    def _stray(self, event: Event) -> None:
+        """Records that end after their request was closed."""
+        if isinstance(event, SpanRecorded | RecordDropped):
+            self._settle(event, self._resolvers.get(event.request_id))
+
+    def _measure(self, done: PrefillDone) -> None:
+        """Keep a running estimate of prefill speed, in active tokens per second of compute."""
+        rows = done.computed_rows / max(self.node.layout.num_layers, 1)
+        if done.compute_s > 0 and rows > 0:
+            speed = rows / done.compute_s
+            self._tokens_per_s += (speed - self._tokens_per_s) * (SPEED_WINDOW if self._tokens_per_s else 1.0)
+

@@ -1,0 +1,90 @@
+"""The ingress's view of the pools: who is there, how busy, and who takes the next request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Iterator
+
+from vlcache_dist import wire
+from vlcache_dist.errors import WorkerLost
+from vlcache_dist.serve.placement import Candidate, Choice, Costs, Demand, choose
+from vlcache_dist.types import ContentKey, Role, WorkerId
+
+from blake3 import blake3
+
+
+def ranked(key: ContentKey, addresses: Sequence[str]) -> list[str]:
+    """Rendezvous order: the same key goes to the same encoder while that one lives."""
+    return sorted(addresses, key=lambda address: blake3(key + address.encode()).digest())
+
+
+class Dispatcher:
+    """One event loop's. ``members`` returns the directory's latest list. Requests in flight are counted here, because
+    heartbeats are older than the last requests."""
+
+    def __init__(self, members: Callable[[], Sequence[wire.Member]], costs: Costs) -> None:
+        self._members = members
+        self._costs = costs
+        self._sent: dict[WorkerId, int] = {}  # active tokens of unanswered prefills
+        self._streams: dict[WorkerId, int] = {}  # sequences decoding
+        self._turn = 0
+        self._last: dict[WorkerId, int] = {}
+
+    def workers(self, *roles: Role) -> list[wire.Member]:
+        """Living members of these roles, by name."""
+        found = [m for m in self._members() if m.info.role in roles and not m.info.draining]
+        return sorted(found, key=lambda m: m.info.name)
+
+    def member(self, worker_id: WorkerId) -> wire.Member:
+        """Raises WorkerLost if it is gone."""
+        for member in self._members():
+            if member.info.worker_id == worker_id:
+                return member
+        raise WorkerLost(f"{worker_id} is gone")
+
+    def encoders(self, key: ContentKey) -> list[str]:
+        return ranked(key, [m.info.address for m in self.workers(Role.ENCODER)])
+
+    def choose_prefill(self, demand: Demand, pin: str | None, exclude: Iterable[WorkerId]) -> tuple[wire.Member, Choice]:
+        """Raises WorkerLost if nobody is left, BadRequest for an unknown ``pin``."""
+        members = self.workers(Role.PREFILL, Role.COLOCATED)
+        candidates = [
+            Candidate(
+                m.info.worker_id,
+                m.info.name,
+                max(m.load.waiting_tokens, self._sent.get(m.info.worker_id, 0)),
+                m.load.tokens_per_s,
+                m.info.draining,
+            )
+            for m in members
+        ]
+        choice = choose(candidates, demand, self._costs, last_chosen=self._last, pin=pin, exclude=exclude)
+        self._turn += 1
+        self._last[choice.worker_id] = self._turn
+        return self.member(choice.worker_id), choice
+
+    def choose_decode(self, exclude: Iterable[WorkerId]) -> wire.Member:
+        """The decode worker with the fewest sequences. Raises WorkerLost if nobody is left."""
+        excluded = set(exclude)
+        members = [m for m in self.workers(Role.DECODE, Role.COLOCATED) if m.info.worker_id not in excluded]
+        if not members:
+            raise WorkerLost("no decode worker is available")
+        return min(members, key=lambda m: (self._streams.get(m.info.worker_id, 0), m.load.running, m.info.name))
+
+    @contextmanager
+    def prefilling(self, worker_id: WorkerId, active_tokens: int) -> Iterator[None]:
+        """Count a request in flight."""
+        self._sent[worker_id] = self._sent.get(worker_id, 0) + active_tokens
+        try:
+            yield
+        finally:
+            self._sent[worker_id] -= active_tokens
+
+    @contextmanager
+    def decoding(self, worker_id: WorkerId) -> Iterator[None]:
+        self._streams[worker_id] = self._streams.get(worker_id, 0) + 1
+        try:
+            yield
+        finally:
+            self._streams[worker_id] -= 1

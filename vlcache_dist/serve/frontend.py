@@ -1,0 +1,356 @@
+"""A request's way through the pools, as the ingress steers it: media, keys, prompt, prefill, decode, text.
+
+Plain Python over a ``FrontNode`` (rpc and directory); Ray Serve and FastAPI are around it. A worker that is lost
+costs a retry elsewhere with the tokens generated so far; the client sees one answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from vlcache_dist import wire
+from vlcache_dist.config import Settings
+from vlcache_dist.errors import BadRequest, CacheError, DeadlineExceeded, ProtocolError, VLCacheError, WorkerLost
+from vlcache_dist.kv.layout import KVLayout
+from vlcache_dist.media import MediaItem, MediaProcessor
+from vlcache_dist.media_fetch import MediaFetcher
+from vlcache_dist.node import FrontNode
+from vlcache_dist.prompt import Prompt, PromptBuilder, TokenText
+from vlcache_dist.reuse.plan import Plan
+from vlcache_dist.rpc import Call, Reply
+from vlcache_dist.serve.chat import AnswerStream, ChatEvent, ChatRequest, Done, provenance
+from vlcache_dist.serve.dispatch import Dispatcher
+from vlcache_dist.serve.identity import ContentKeys
+from vlcache_dist.serve.placement import Costs, Demand, SpanDemand
+from vlcache_dist.types import FinishReason, ReuseMode, Role, SamplingParams, TokenLogprobs, WorkerId
+
+log = logging.getLogger(__name__)
+MAX_ATTEMPTS = 3
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One request as it is being answered: what survives the loss of a worker."""
+
+    request: ChatRequest
+    reuse: ReuseMode
+    plan: str
+    prompt: Prompt
+    sampling: SamplingParams
+    states: Sequence[wire.KeyState]
+    deadline: float
+    started: float
+    generated: list[int] = field(default_factory=list)
+    first: wire.Prefilled | None = None
+    ttft_s: float = 0.0
+    lost: list[WorkerId] = field(default_factory=list)
+    attempts: int = 1
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    why: str = ""
+    handoff_bytes: int = 0
+    handoff_images: int = 0
+    finish: FinishReason | None = None
+
+    def remaining(self) -> float:
+        """Seconds. Raises DeadlineExceeded when there are none."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded("the request's time is over")
+        return left
+
+
+class Frontend:
+    """Implements ``serve.chat.ChatBackend`` over the pools. One event loop's."""
+
+    def __init__(
+        self,
+        node: FrontNode,
+        settings: Settings,
+        *,
+        model: str,
+        layout: KVLayout,
+        keys: ContentKeys,
+        processor: MediaProcessor,
+        prompts: PromptBuilder,
+        eos_token_ids: Sequence[int],
+        costs: Costs | None = None,
+    ) -> None:
+        self.node = node
+        self._settings = settings
+        self._model = model
+        self._layout = layout
+        self._keys = keys
+        self._processor = processor
+        self._prompts = prompts
+        self._eos = frozenset(eos_token_ids)
+        self._tokens = TokenText(prompts.tokenizer)
+        self._fetcher = MediaFetcher(settings.media)
+        self._media: dict[str, list[MediaItem]] = {}
+        self._dispatch = Dispatcher(node.members, costs or Costs())
+        self._default_plan = str(Plan.parse(settings.engine.plan))
+        node.handle(wire.GetMedia, self._get_media)
+
+    @property
+    def model(self) -> str:
+        return self._model
+
+    @property
+    def max_model_len(self) -> int:
+        return self._prompts.max_model_len
+
+    async def start(self) -> None:
+        await self.node.start()
+
+    async def close(self) -> None:
+        await self.node.close()
+        await self._fetcher.close()
+
+    async def health(self) -> dict[str, Any]:
+        """Living workers by role. Raises WorkerLost while a pool is empty."""
+        counts = {role.value: len(self._dispatch.workers(role)) for role in Role}
+        colocated = counts[Role.COLOCATED]
+        missing = [r.value for r in (Role.ENCODER, Role.PREFILL, Role.DECODE) if not counts[r] and not (colocated and r is not Role.ENCODER)]
+        if missing:
+            raise WorkerLost(f"no {', '.join(missing)} worker is alive")
+        return {"workers": {role: count for role, count in counts.items() if count}}
+
+    async def status(self) -> dict[str, Any]:
+        """What every worker says of itself."""
+        members = list(self.node.members())
+
+        async def ask(member: wire.Member) -> dict[str, Any]:
+            about = {"name": member.info.name, "role": member.info.role.value, "load": msgspec.to_builtins(member.load)}
+            try:
+                reply = await self.node.client.call(member.info.address, wire.Status(), timeout_s=2.0)
+                assert isinstance(reply, wire.StatusReply)
+                return {**about, **reply.status}
+            except VLCacheError as error:
+                return {**about, "error": str(error)}
+
+        return {"model": self._model, "workers": await asyncio.gather(*map(ask, members))}
+
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
+        """See ``ChatBackend.chat``."""
+        try:
+            answer = await self._prepare(request)
+            stream = AnswerStream(self._tokens, answer.sampling)
+            async with aclosing(self._generate(answer)) as tokens:
+                async for token_id, logprobs in tokens:
+                    if token_id in self._eos and not answer.sampling.ignore_eos:
+                        continue
+                    yield stream.feed(token_id, logprobs)
+                    if stream.stopped:
+                        answer.finish = FinishReason.STOP
+                        break
+            if not stream.stopped:
+                yield stream.finish()
+            yield self._done(answer)
+        finally:
+            self._media.pop(request.request_id, None)
+
+    # -- before the pools ---------------------------------------------------------------------------------------
+
+    async def _prepare(self, request: ChatRequest) -> _Answer:
+        """Media, keys, prompt. Nothing is decoded for a picture that the directory knows."""
+        started = time.monotonic()
+        reuse = request.reuse or self._settings.engine.reuse
+        if request.plan is not None and reuse is not ReuseMode.APPROX:
+            raise BadRequest(f"a plan goes with reuse 'approx', not with {reuse.value!r}")
+        plan = self._default_plan if request.plan is None else str(Plan.parse(request.plan))
+        Plan.parse(plan).counts(1, self._layout.num_layers)  # InvalidPlan if it is another model's
+        items = await self._fetcher.load_all(request.conversation.media)
+        self._media[request.request_id] = items
+        off = reuse is ReuseMode.OFF
+        keys = [
+            self._keys.private_key(item, request.tenant, request.request_id) if off else self._keys.key(item, request.tenant)
+            for item in items
+        ]
+        states = [wire.KeyState(key, None) for key in keys] if off else await self.node.lookup(keys)
+        metas = [
+            state.meta or await asyncio.to_thread(self._processor.meta, item)
+            for state, item in zip(states, items, strict=True)
+        ]
+        prompt = self._prompts.build(request.conversation, keys, metas)
+        sampling = request.sampling_for(len(prompt.token_ids), self.max_model_len)
+        answer = _Answer(
+            request, reuse, plan, prompt, sampling, states, started + self._settings.serve.request_timeout_s, started
+        )
+        self._encode_ahead(answer)
+        return answer
+
+    def _encode_ahead(self, answer: _Answer) -> None:
+        """Send pictures that nobody knows to an encoder at once: it works while the request finds its way."""
+        seen: set[bytes] = set()
+        off = answer.reuse is ReuseMode.OFF
+        for span, state in zip(answer.prompt.spans, answer.states, strict=True):
+            if span.key in seen or state.kv or state.embedding or state.producer:
+                continue
+            seen.add(span.key)
+            addresses = self._dispatch.encoders(span.key)
+            if addresses:
+                message = wire.Encode(span, self._source(answer), answer.remaining(), private=off)
+                files = self._media[answer.request.request_id][span.index].frames
+                self.node.spawn(self._encode(addresses[0], message, files))
+
+    async def _encode(self, address: str, message: wire.Encode, files: Sequence[bytes]) -> None:
+        try:
+            await self.node.client.call(address, message, attachments=files, timeout_s=message.timeout_s)
+        except VLCacheError as error:
+            log.info("encoding ahead failed; the prefill worker will ask again: %s", error)
+
+    async def _get_media(self, message: wire.GetMedia, call: Call) -> Reply:
+        """Handler of ``wire.GetMedia``: an encoder wants a picture's bytes."""
+        items = self._media.get(message.request_id)
+        if items is None or not 0 <= message.index < len(items):
+            raise ProtocolError(f"request {message.request_id} has no media item {message.index} (any more)")
+        frames = items[message.index].frames
+        return Reply(wire.MediaReply(len(frames)), frames)
+
+    # -- through the pools --------------------------------------------------------------------------------------
+
+    async def _generate(self, answer: _Answer) -> AsyncGenerator[tuple[int, TokenLogprobs | None], None]:
+        """The answer's tokens; a lost worker is replaced, and work goes on behind the last token."""
+        while answer.finish is None:
+            handoff: wire.Handoff | None = None
+            try:
+                prefilled = await self._prefill(answer)
+                handoff = prefilled.handoff
+                answer.generated.append(prefilled.token_id)
+                answer.finish = prefilled.finish
+                yield prefilled.token_id, prefilled.logprobs
+                if handoff is None:
+                    continue
+                async with aclosing(self._decode(answer, handoff)) as tokens:
+                    async for token in tokens:
+                        handoff = None  # taken over
+                        yield token
+            except (WorkerLost, CacheError) as error:
+                if answer.attempts >= MAX_ATTEMPTS:
+                    raise WorkerLost(f"gave up after {answer.attempts} attempts: {error}") from error
+                log.warning("%s: %s; trying again behind %d tokens", answer.request.request_id, error, len(answer.generated))
+                answer.attempts += 1
+                answer.remaining()
+            finally:
+                if handoff is not None:
+                    self.node.spawn(self._release(handoff))
+
+    async def _prefill(self, answer: _Answer) -> wire.Prefilled:
+        member, choice = self._dispatch.choose_prefill(
+            self._demand(answer), answer.request.prefill_worker, answer.lost
+        )
+        answer.prefill_worker, answer.why = member.info.name, choice.why
+        message = wire.Prefill(self._generation(answer), self._source(answer), answer.remaining())
+        try:
+            with self._dispatch.prefilling(member.info.worker_id, choice.active_tokens):
+                async with self.node.client.stream(member.info.address, message, timeout_s=answer.remaining()) as replies:
+                    async for reply in replies:
+                        assert isinstance(reply, wire.Prefilled)
+                        if answer.first is None:
+                            answer.first, answer.ttft_s = reply, time.monotonic() - answer.started
+                        return reply
+        except WorkerLost:
+            answer.lost.append(member.info.worker_id)
+            raise
+        raise ProtocolError(f"{member.info.worker_id} ended without a first token")
+
+    async def _decode(
+        self, answer: _Answer, handoff: wire.Handoff
+    ) -> AsyncGenerator[tuple[int, TokenLogprobs | None], None]:
+        member = self._dispatch.choose_decode(answer.lost)
+        answer.decode_worker = member.info.name
+        first = answer.generated[-1]
+        generation = self._generation(answer, behind_prefill=True)
+        message = wire.Decode(generation, first, handoff, self._source(answer), answer.remaining())
+        try:
+            with self._dispatch.decoding(member.info.worker_id):
+                async with self.node.client.stream(member.info.address, message, timeout_s=answer.remaining()) as replies:
+                    async for reply in replies:
+                        assert isinstance(reply, wire.Tokens)
+                        answer.handoff_bytes += reply.bytes_moved
+                        answer.handoff_images += reply.images_moved
+                        logprobs = reply.logprobs or (None,) * len(reply.token_ids)
+                        for token_id, logprob in zip(reply.token_ids, logprobs, strict=True):
+                            answer.generated.append(token_id)
+                            yield token_id, logprob
+                        answer.finish = reply.finish
+        except WorkerLost:
+            answer.lost.append(member.info.worker_id)
+            raise
+        if answer.finish is None:
+            raise ProtocolError(f"{member.info.worker_id} ended without finishing")
+
+    async def _release(self, handoff: wire.Handoff) -> None:
+        try:
+            await self.node.client.call(handoff.address, wire.ReleaseHandoff(handoff.ticket), timeout_s=5.0)
+        except VLCacheError as error:
+            log.warning("%s did not hear that %s is over: %s", handoff.worker_id, handoff.ticket, error)
+
+    # -- pieces -------------------------------------------------------------------------------------------------
+
+    def _source(self, answer: _Answer) -> wire.MediaSource:
+        return wire.MediaSource(self.node.address, answer.request.request_id)
+
+    def _generation(self, answer: _Answer, *, behind_prefill: bool = False) -> wire.Generation:
+        """The request as workers see it. Tokens generated before a worker was lost are part of the prompt."""
+        known = answer.generated[:-1] if behind_prefill else answer.generated
+        return wire.Generation(
+            request_id=f"{answer.request.request_id}.{answer.attempts}",
+            tenant=answer.request.tenant,
+            token_ids=answer.prompt.token_ids + tuple(known),
+            spans=answer.prompt.spans,
+            sampling=answer.sampling,
+            reuse=answer.reuse,
+            plan=answer.plan,
+            num_generated=len(known),
+        )
+
+    def _demand(self, answer: _Answer) -> Demand:
+        plan = Plan.parse(answer.plan)
+        spans = []
+        for span, state in zip(answer.prompt.spans, answer.states, strict=True):
+            spans.append(
+                SpanDemand(
+                    key=span.key,
+                    tokens=span.length,
+                    kv_bytes=self._layout.kv_elements(span.length) * self._layout.itemsize,
+                    recompute=plan.counts(span.length, self._layout.num_layers)[0],
+                    holders=frozenset(h.worker_id for h in state.kv),
+                    encoded=bool(state.embedding),
+                )
+            )
+        vision = sum(span.length for span in answer.prompt.spans)
+        text = len(answer.prompt.token_ids) + len(answer.generated) - vision
+        return Demand(text, tuple(spans), answer.reuse is ReuseMode.APPROX)
+
+    def _done(self, answer: _Answer) -> Done:
+        first = answer.first
+        assert first is not None
+        return Done(
+            finish=answer.finish or FinishReason.STOP,
+            prompt_tokens=len(answer.prompt.token_ids),
+            completion_tokens=len(answer.generated),
+            cached_tokens=first.cached_tokens,
+            vlcache=provenance(
+                first.reports,
+                reuse=answer.reuse.value,
+                plan=answer.plan if answer.reuse is ReuseMode.APPROX else None,
+                prefill_worker=answer.prefill_worker,
+                decode_worker=answer.decode_worker,
+                placement=answer.why,
+                ttft_ms=answer.ttft_s * 1e3,
+                queue_ms=first.queue_ms,
+                compute_ms=first.compute_ms,
+                handoff_bytes=answer.handoff_bytes,
+                handoff_images=answer.handoff_images,
+                retries=answer.attempts - 1,
+            ),
+        )
