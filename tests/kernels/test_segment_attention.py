@@ -8,6 +8,7 @@ from kernel_cases import error, normal, paged
 
 from vlcache_dist.kernels.attention import segment_attention_reference, varlen_attention_reference
 from vlcache_dist.kernels.gpu import attention as gpu
+from vlcache_dist.kernels.gpu import packed
 from vlcache_dist.kernels.gpu.attention import AttentionConfig
 
 MIXED = [(5, 50), (1, 33), (1, 100), (17, 17), (20, 21), (3, 64)]
@@ -96,6 +97,27 @@ def test_varlen(device, causal, heads, kv_heads, dim, generator):
     fused, cu = fused.to(device), cu.to(device)
     q, k, v = fused.split([heads, kv_heads, kv_heads], 1)
     assert error(gpu.varlen_attention(q, k, v, cu, 40, causal=causal), expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dim", [16, 48, 80])
+@pytest.mark.parametrize("lengths", [[5, 33, 0, 16, 40], [64, 16, 3], [1]])
+def test_packed(device, dim, lengths, generator):
+    """The vision tower's kernel, on parts of a fused projection."""
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    for dtype in _dtypes(device)[1:]:
+        fused = normal((int(cu[-1]), 3, 2, dim), dtype, "cpu", generator)
+        q, k, v = fused.unbind(1)
+        want = varlen_attention_reference(q.double(), k.double(), v.double(), cu, max(lengths))
+        q, k, v = fused.to(device).unbind(1)
+        for block_m in (16, 64):
+            got = packed.packed_attention(q, k, v, cu.to(device), max(lengths), dim**-0.5, block_m, 16, 4, 2)
+            assert error(got, want) < TOLERANCE[dtype]
+
+
+def test_halves():
+    got = {dim: packed.halves(dim) for dim in (16, 24, 64, 80, 96, 100, 128)}
+    want = {16: (16, 0), 24: None, 64: (64, 0), 80: (64, 16), 96: (64, 32), 100: None, 128: (128, 0)}
+    assert got == want
 
 
 def test_choose_splits_fills_the_processors_only_when_it_pays():

@@ -13,7 +13,6 @@ programs, whose partial results a second kernel combines.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from vlcache_dist.kernels.gpu import device
 
 LOG2E = 1.4426950408889634
 _NO_KEYS = tl.constexpr(-1.0e30)  # a finite "minus infinity" for running maxima: exp2(-inf - it) is 0, not NaN
@@ -42,17 +43,15 @@ class AttentionConfig:
 
 @triton.jit
 def _tile(
-    acc, m, l, q, k_src, v_src, table, base, kv_head, lo, hi, limit, keys, scale_log2, kv_row,
+    acc, m, l, page, q, k_src, v_src, table, base, kv_head, lo, hi, end, limit, keys, scale_log2, kv_row,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr, TMA: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over key blocks [lo, hi) (in keys, lo a multiple of BLOCK_N)."""
+    """Online softmax over key blocks [lo, hi) (in keys, lo a multiple of BLOCK_N). ``page`` is the page of ``lo``; the
+    next one is loaded a block ahead, because keys that wait for it keep the pipeliner from having several in flight."""
     column = tl.arange(0, BLOCK_D)
     offset = tl.arange(0, BLOCK_N)
     ONE_PAGE: tl.constexpr = PAGED and BLOCK_SIZE % BLOCK_N == 0
-    page = 0
-    if ONE_PAGE:  # loaded one block ahead: keys would otherwise wait for it, and the pipeliner keep fewer in flight
-        page = tl.load(table + lo // BLOCK_SIZE, mask=lo < hi, other=0)
     for start in tl.range(lo, hi, BLOCK_N):
         key = start + offset
         following = start + BLOCK_N
@@ -85,7 +84,7 @@ def _tile(
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         if ONE_PAGE:
-            page = tl.load(table + following // BLOCK_SIZE, mask=following < hi, other=0)
+            page = tl.load(table + following // BLOCK_SIZE, mask=following < end, other=0)
         if TMA:
             v = v_src.load([slot, kv_head * D])
             if MASKED:  # rows past the last key may hold anything, and 0 * NaN is NaN
@@ -96,7 +95,7 @@ def _tile(
             v = tl.load(v_src + places)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         m = m_new
-    return acc, m, l
+    return acc, m, l, page
 
 
 @triton.jit(do_not_specialize=["num_segments", "num_rows", "table_stride"])
@@ -113,7 +112,6 @@ def _segment_kernel(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
     if ONE_TILE:  # no segment is longer than a tile
         segment = tile
@@ -136,17 +134,6 @@ def _segment_kernel(
         base = row0.to(tl.int64)
     table = table_ptr + segment.to(tl.int64) * table_stride
 
-    packed = first + tl.arange(0, BLOCK_M)
-    query = packed // RATIO
-    head = kv_head * RATIO + packed % RATIO
-    column = tl.arange(0, BLOCK_D)
-    live = query < queries
-    row = row0 + query
-    places = row.to(tl.int64)[:, None] * q_stride + (head * D)[:, None] + column[None, :]
-    mask = live[:, None] & (column < D)[None, :]
-    q = tl.load(q_ptr + places, mask=mask, other=0.0)
-
-    limit = keys - queries + query  # the last key a row sees
     if CAUSAL:
         tile_end = tl.minimum(keys, keys - queries + (first + BLOCK_M - 1) // RATIO + 1)
         clear_end = keys - queries + first // RATIO + 1  # every row sees the keys before this
@@ -163,16 +150,33 @@ def _segment_kernel(
         lo = 0
         hi = tile_end
 
+    page = 0
+    if PAGED and BLOCK_SIZE % BLOCK_N == 0:
+        page = tl.load(table + lo // BLOCK_SIZE, mask=lo < hi, other=0)
+    if PDL:  # lengths and block tables are older than the previous kernel; queries and keys are not
+        gdc_wait()
+
+    packed = first + tl.arange(0, BLOCK_M)
+    query = packed // RATIO
+    head = kv_head * RATIO + packed % RATIO
+    column = tl.arange(0, BLOCK_D)
+    live = query < queries
+    row = row0 + query
+    places = row.to(tl.int64)[:, None] * q_stride + (head * D)[:, None] + column[None, :]
+    mask = live[:, None] & (column < D)[None, :]
+    q = tl.load(q_ptr + places, mask=mask, other=0.0)
+    limit = keys - queries + query  # the last key a row sees
+
     m = tl.full([BLOCK_M], _NO_KEYS, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     middle = tl.maximum(tl.minimum(clear_end, hi), lo)
-    acc, m, l = _tile(
-        acc, m, l, q, k_src, v_src, table, base, kv_head, lo, middle, limit, keys, scale_log2, kv_row,
+    acc, m, l, page = _tile(
+        acc, m, l, page, q, k_src, v_src, table, base, kv_head, lo, middle, hi, limit, keys, scale_log2, kv_row,
         False, CAUSAL, PAGED, TMA, BLOCK_SIZE, BLOCK_N, D, BLOCK_D, PRECISION,
     )  # fmt: skip
-    acc, m, l = _tile(
-        acc, m, l, q, k_src, v_src, table, base, kv_head, middle, hi, limit, keys, scale_log2, kv_row,
+    acc, m, l, page = _tile(
+        acc, m, l, page, q, k_src, v_src, table, base, kv_head, middle, hi, hi, limit, keys, scale_log2, kv_row,
         True, CAUSAL, PAGED, TMA, BLOCK_SIZE, BLOCK_N, D, BLOCK_D, PRECISION,
     )  # fmt: skip
     acc = acc / tl.where(l > 0, l, 1.0)[:, None]
@@ -193,39 +197,31 @@ def _combine_kernel(
 ):  # fmt: skip
     """One program per (row, head): out = sum of the splits' results weighted by their softmax mass."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     pair = tl.program_id(0).to(tl.int64)
-    if pair >= tl.load(cu_ptr + num_segments).to(tl.int64) * HEADS:
-        return  # a padding row: its partial results were never written
     split = tl.arange(0, BLOCK_S)
     column = tl.arange(0, BLOCK_D)
     index = split.to(tl.int64) * num_rows * HEADS + pair
+    live = pair < tl.load(cu_ptr + num_segments).to(tl.int64) * HEADS  # not a padding row
     lse = tl.load(lse_ptr + index, mask=split < SPLITS, other=_NO_KEYS)
-    weight = tl.exp2(lse - tl.max(lse, 0))
-    weight = tl.where(lse > _NO_KEYS, weight, 0.0)
-    mask = (lse > _NO_KEYS)[:, None] & (column < D)[None, :]
-    part = tl.load(part_ptr + index[:, None] * D + column[None, :], mask=mask, other=0.0)
+    # an empty split's part was never written: it is loaded all the same, so that both loads are in flight, and dropped
+    part = tl.load(part_ptr + index[:, None] * D + column[None, :], mask=(split < SPLITS)[:, None] & (column < D)[None, :], other=0.0)
+    lse = tl.where(live, lse, _NO_KEYS)
+    weight = tl.where(lse > _NO_KEYS, tl.exp2(lse - tl.max(lse, 0)), 0.0)
+    part = tl.where((weight > 0)[:, None], part, 0.0) * weight[:, None]
     mass = tl.sum(weight, 0)
-    out = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0, mass, 1.0)
+    out = tl.sum(part, 0) / tl.where(mass > 0, mass, 1.0)
     tl.store(out_ptr + pair * D + column, out.to(out_ptr.dtype.element_ty), mask=column < D)
 
 
-@lru_cache(maxsize=16)
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def default_config(dtype: torch.dtype, head_dim: int, rows: int, block_size: int) -> AttentionConfig:
+def default_config(dtype: torch.dtype, head_dim: int, rows: int, block_size: int, hopper: bool) -> AttentionConfig:
     """The launch for the longest segment's ``rows`` (queries times heads per KV head)."""
+    few = rows <= 16
     if dtype == torch.float32:
-        return AttentionConfig(16 if rows <= 16 else 64, 32, 4, 2, False, False)
-    even = head_dim == triton.next_power_of_2(head_dim) and head_dim >= 16
-    if rows <= 16:
-        return AttentionConfig(16, 64, 4, 4, False, False)
-    if rows <= 64:
-        return AttentionConfig(64, 64, 4, 3, even and block_size % 64 == 0, False)
-    return AttentionConfig(128, 128 if even else 64, 8, 2, even and block_size % 128 == 0, False)
+        return AttentionConfig(16 if few else 64, 32, 4, 2, False, False)
+    tma = hopper and head_dim >= 16 and head_dim & (head_dim - 1) == 0 and block_size > 0 and block_size % 64 == 0
+    return AttentionConfig(16 if few else 64, 64, 4, 3 if hopper else 2, tma, hopper and few)
 
 
 def choose_splits(tiles: int, blocks: int, processors: int, per_processor: int, min_blocks: int) -> int:
@@ -256,17 +252,15 @@ def _launch(
         q = q.contiguous()
     ratio = heads // kv_heads
     paged = block_size > 0
-    c = config or default_config(q.dtype, dim, max_q * ratio, block_size)
-    if not paged and c.tma:
-        c = AttentionConfig(c.block_m, c.block_n, c.warps, c.stages, False, c.pdl, c.splits)
+    c = config or default_config(q.dtype, dim, max_q * ratio, block_size, device.is_hopper_or_later(q))
     one_tile = max_q * ratio <= c.block_m
     tiles = segments if one_tile else num_rows * ratio // c.block_m + segments
     blocks = -(-max_kv // c.block_n)
     min_blocks = max(1, 128 // c.block_n)
     splits = c.splits
     if splits is None:
-        processors = _processors(q.device.index or 0) if q.is_cuda else 4
-        splits = choose_splits(tiles * kv_heads, blocks, processors, 1 if c.warps > 4 else 2, min_blocks)
+        sms = device.processors(q.device.index or 0) if q.is_cuda else 4
+        splits = choose_splits(tiles * kv_heads, blocks, sms, 1 if c.warps > 4 else 2, min_blocks)
     part = lse = out
     if splits > 1:
         part = torch.empty((splits, num_rows, heads, dim), dtype=torch.float32, device=q.device)

@@ -13,8 +13,8 @@ import triton.language as tl
 from vlcache_dist.kernels.gpu.rope import rotate_halves
 
 _LAYERS = 4  # layers per program: cos and sin stay in registers over them
-_SCATTER_ELEMENTS = 2048  # elements of a half head per program and layer
-_COPY_ELEMENTS = 8192  # elements per program
+_SCATTER_ELEMENTS = 1024  # elements of a half head per program and layer
+_COPY_ELEMENTS = 4096  # elements per program
 _WARPS = 4
 
 

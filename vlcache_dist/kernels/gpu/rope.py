@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from vlcache_dist.kernels.gpu.device import supports_pdl
 
 _HEAD_BLOCK = 8  # query heads per program
 
@@ -62,10 +65,12 @@ def _rotate_write_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_pages, v_pages, slots_ptr, arena_ptr, base_ptr, tokens_ptr, out_ptr,
     num_queries, q_stride, k_stride, v_stride, cos_stride, layer,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr, RECORD: tl.constexpr,
+    BLOCK_KV: tl.constexpr, RECORD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, 0) stores the row's K and V; program (row, 1 + i) rotates its i-th block of query heads."""
     D: tl.constexpr = 2 * HALF
+    if PDL:  # the attention that follows may start; it waits for this kernel before it reads q or the pages
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     column = tl.arange(0, BLOCK_H)
@@ -128,7 +133,7 @@ def _rotate_and_write(
         source, k, v, cos, sin, k_pages, v_pages, slots, k if arena is None else arena, record_base, record_tokens,
         target, queries, source.stride(0), k.stride(0), v.stride(0), cos.stride(0), layer,
         HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, BLOCK_H=triton.next_power_of_2(dim // 2), BLOCK_Q=_HEAD_BLOCK,
-        BLOCK_KV=triton.next_power_of_2(kv_heads), RECORD=arena is not None, num_warps=2,
+        BLOCK_KV=triton.next_power_of_2(kv_heads), RECORD=arena is not None, PDL=supports_pdl(k), num_warps=2,
     )  # fmt: skip
     return out
 
