@@ -29,7 +29,7 @@ def tiny() -> PromptBuilder:
 
 @pytest.fixture(scope="module")
 def like_the_hub() -> PromptBuilder:
-    """With what Qwen's tokenizer has and the bundled one lacks: NFC normalization, added tokens that are not special."""
+    """With what Qwen's tokenizer has and the bundled lacks: NFC normalization, added tokens that are not special."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     specials += ["<|image_pad|>", "<|video_pad|>"]
     made = Tokenizer(models.BPE())
