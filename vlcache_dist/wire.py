@@ -210,7 +210,8 @@ class HelloReply(Message, frozen=True):
 
 
 class Acquire(Message, frozen=True):
-    """Lease an object for reading. ``variant`` None: any. Errors: ObjectGone, LayoutMismatch."""
+    """Lease an object for reading. ``variant`` None: any. ``checksum``: the reader wants to verify what it read.
+    Errors: ObjectGone, LayoutMismatch."""
 
     reader: WorkerId
     key: ContentKey
@@ -218,6 +219,7 @@ class Acquire(Message, frozen=True):
     layout: KVLayout
     variant: Variant | None = None
     ttl_s: float = 10.0
+    checksum: bool = False
 
 
 class Lease(Message, frozen=True):
