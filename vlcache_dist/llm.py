@@ -217,7 +217,7 @@ class LLM:
 
     # -- encoder output -----------------------------------------------------------------------------------------
 
-    def _embedding(self, item: MediaItem, span: MediaSpan, *, cached: bool) -> Extent:
+    def embedding(self, item: MediaItem, span: MediaSpan, *, cached: bool) -> Extent:
         """The span's encoder output, pinned: from the store, or encoded now (and kept only if ``cached``)."""
         if cached and (found := self.store.lookup(ObjectKind.EMBEDDING, span.key, pin=True)) is not None:
             return found
@@ -290,39 +290,48 @@ class _Batch:
         return progressed
 
     def _source(self, request: _Request, index: int) -> Compute | Reuse | None:
-        """None: somebody in this batch is computing the same picture; wait for the record."""
+        """None: wait, because this batch is computing the same picture, or has the store full for now."""
+        try:
+            return self._find_source(request, index)
+        except StoreFull:
+            if not self._llm.engine.has_work():
+                raise
+            return None
+
+    def _find_source(self, request: _Request, index: int) -> Compute | Reuse | None:
         llm, generation = self._llm, request.generation
         span = generation.spans[index]
         item = request.items[span.index]
         if generation.reuse is ReuseMode.OFF:
-            return Compute(llm._embedding(item, span, cached=False))
-        approximate = generation.reuse is ReuseMode.APPROX and not request.plan.is_full(
-            span.length, llm.layout.num_layers
-        )
-        if approximate and (kv := llm.store.lookup(ObjectKind.KV, span.key, pin=True)) is not None:
-            depths = request.plan.depths(span.length, llm.layout.num_layers)
-            embedding = llm._embedding(item, span, cached=True) if depths.any() else None
-            return Reuse(kv, depths, embedding)
-        if approximate and span.key in self._recording:
-            return None
-        return self._compute(request, index, item, span)
+            return Compute(llm.embedding(item, span, cached=False))
+        layers = llm.layout.num_layers
+        if generation.reuse is ReuseMode.APPROX and not request.plan.is_full(span.length, layers):
+            if (kv := llm.store.lookup(ObjectKind.KV, span.key, pin=True)) is not None:
+                depths = request.plan.depths(span.length, layers)
+                try:
+                    embedding = llm.embedding(item, span, cached=True) if depths.any() else None
+                except BaseException:
+                    llm.store.unpin(kv)
+                    raise
+                return Reuse(kv, depths, embedding)
+            if span.key in self._recording:
+                return None
+        return Compute(llm.embedding(item, span, cached=True), self._record(request, index))
 
-    def _compute(self, request: _Request, index: int, item: MediaItem, span: MediaSpan) -> Compute:
-        llm = self._llm
-        embedding = llm._embedding(item, span, cached=True)
-        record = None
-        if (
-            span.key not in self._recording
-            and llm.engine.recordable(request.generation.request_id, index)
-            and llm.store.lookup(ObjectKind.KV, span.key) is None
-        ):
-            elements = llm.layout.kv_elements(span.length)
-            try:
-                record = llm.store.begin(ObjectKind.KV, span.key, new_variant(), elements, time.monotonic())
-                self._recording.add(span.key)
-            except StoreFull:
-                record = None  # computed all the same; the next request pays again
-        return Compute(embedding, record)
+    def _record(self, request: _Request, index: int) -> Extent | None:
+        """Room to record a span's KV in, if it should be: nobody has it, nobody is at it, and it is a legal donor."""
+        llm, span = self._llm, request.generation.spans[index]
+        if span.key in self._recording or llm.store.lookup(ObjectKind.KV, span.key) is not None:
+            return None
+        if not llm.engine.recordable(request.generation.request_id, index):
+            return None
+        elements = llm.layout.kv_elements(span.length)
+        try:
+            record = llm.store.begin(ObjectKind.KV, span.key, new_variant(), elements, time.monotonic())
+        except StoreFull:
+            return None  # computed all the same; the next request pays again
+        self._recording.add(span.key)
+        return record
 
 
 def _reuse_mode(reuse: str) -> ReuseMode:

@@ -41,8 +41,8 @@ class Compute:
 @dataclass(frozen=True, slots=True)
 class Reuse:
     """Take the span's KV from ``kv`` (committed, pinned). ``depths`` int [length]: in how many layers each token is
-    recomputed (``Plan.depths``). ``embedding`` as in ``Compute``; its first rows, up to the last one that is recomputed,
-    are enough, and None if there is none. The rest is provenance for the report."""
+    recomputed (``Plan.depths``). ``embedding`` as in ``Compute``; its first rows, up to the last one that is
+    recomputed, are enough, and None if there is none. The rest is provenance for the report."""
 
     kv: Extent
     depths: np.ndarray

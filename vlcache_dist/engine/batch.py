@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,9 +40,7 @@ class SpanWork:
             return
         edges = (np.flatnonzero(np.diff(self.depths)) + 1).tolist()
         bounds = [0, *edges, self.length]
-        self.runs = tuple(
-            (self.start + a, self.start + b, int(self.depths[a])) for a, b in zip(bounds, bounds[1:], strict=False)
-        )
+        self.runs = tuple((self.start + a, self.start + b, int(self.depths[a])) for a, b in pairwise(bounds))
 
     @property
     def end(self) -> int:
@@ -120,9 +119,7 @@ def block_slots(block_table: np.ndarray, block_size: int) -> np.ndarray:
     return (first + np.arange(block_size)).reshape(-1)
 
 
-def build_step(
-    chunks: Sequence[ChunkWork], *, num_layers: int, block_size: int, kv_row: int, hidden: int
-) -> StepBatch:
+def build_step(chunks: Sequence[ChunkWork], *, num_layers: int, block_size: int, kv_row: int, hidden: int) -> StepBatch:
     """Lay the chunks of one step out as rows sorted by depth.
 
     ``kv_row`` and ``hidden`` are the element counts of ``KVLayout``. Raises ValueError for a reused span without

@@ -69,8 +69,8 @@ def build_engine(
     *,
     max_model_len: int | None = None,
 ) -> Engine:
-    """An engine on the model's device that shares ``arena`` and ``store``. The arena must be allocated before: pages take
-    a share of what is free then. Raises ConfigError if memory holds no block."""
+    """An engine on the model's device that shares ``arena`` and ``store``. The arena comes first: pages take a share of
+    the memory that is free after it. Raises ConfigError if memory holds no block."""
     layout = arena.layout
     pages_bytes = settings.kv_bytes
     if pages_bytes is None and model.device.type == "cpu":

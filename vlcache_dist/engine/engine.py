@@ -395,7 +395,9 @@ class Engine:
         if sequence.chain is None:
             match = PrefixMatch((), 0, None)
         else:
-            match = self.prefix.match(sequence.chain, sequence.reuse)
+            spans = sequence.generation.spans
+            recorded = [s.index for s in spans if self.store.lookup(ObjectKind.KV, s.key) is not None]
+            match = self.prefix.match(sequence.chain, sequence.reuse, divisible=recorded)
         fresh = self.pool.allocate(self._blocks_for(sequence) - len(match.blocks))
         if fresh is None:
             self.pool.free(match.blocks)

@@ -8,7 +8,7 @@ them, or as computed. Blocks are hashed when first asked for, so a miss at the f
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from blake3 import blake3
@@ -97,6 +97,8 @@ class BlockChain:
     def contents(self, block: int) -> bytes:
         """What a full block holds: tokens (fixed length), then a fixed-length record per span in it. Raises
         IndexError beyond the last full block."""
+        if 0 <= block < len(self._contents):
+            return self._contents[block]
         if not 0 <= block < self.num_full_blocks:
             raise IndexError(f"block {block} of {self.num_full_blocks} full ones")
         while len(self._contents) <= block:
@@ -124,10 +126,11 @@ class BlockChain:
             self._approx.append(blake3(self._approx[-1] + self.contents(last) + tail).digest())
         return self._approx[block]
 
-    def cut(self, num_tokens: int) -> int:
-        """``num_tokens``, or the last block boundary below it that does not lie inside a span."""
+    def cut(self, num_tokens: int, divisible: Collection[int] = ()) -> int:
+        """``num_tokens``, or the last block boundary below it that does not lie inside a span, other than the
+        ``divisible`` ones (by ``MediaSpan.index``)."""
         for span in reversed(self.spans):
-            if span.start < num_tokens < span.end:
+            if span.start < num_tokens < span.end and span.index not in divisible:
                 num_tokens = span.start // self.block_size * self.block_size
         return num_tokens
 

@@ -7,7 +7,7 @@ the next turn of a chat over reused images computes its new tokens alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from vlcache_dist.kv.block_chain import BlockChain, Variants
@@ -87,11 +87,12 @@ class PrefixCache:
         self._approx = _Blocks(pool)
         self._queried = self._exact_hits = self._approx_hits = 0
 
-    def match(self, chain: BlockChain, reuse: ReuseMode) -> PrefixMatch:
+    def match(self, chain: BlockChain, reuse: ReuseMode, *, divisible: Collection[int] = ()) -> PrefixMatch:
         """The longest cached prefix of a prompt. The caller frees the blocks at the pool.
 
         At least the last token is left to compute, and no match ends inside a span: pages hold rotated K, from which
-        the span cannot be recorded. With ``ReuseMode.OFF`` nothing matches. Approximate blocks match whatever
+        the span cannot be recorded. ``divisible`` names spans (by ``MediaSpan.index``) that need not be recorded; an
+        ``exact`` match may end inside those. With ``ReuseMode.OFF`` nothing matches. Approximate blocks match whatever
         variants they were made from, unless the chain requests others; its ``variants`` say which they were.
         """
         if reuse is ReuseMode.OFF:
@@ -112,7 +113,7 @@ class PrefixCache:
                     break
             blocks, tainted_from, matched = best
             chain.resolve(0, matched)
-        num_tokens = chain.cut(len(blocks) * chain.block_size)
+        num_tokens = chain.cut(len(blocks) * chain.block_size, divisible if reuse is ReuseMode.EXACT else ())
         del blocks[num_tokens // chain.block_size :]
         covered = sum(span.start < num_tokens for span in chain.spans)
         chain.resolve(covered, requested[covered:])
