@@ -92,6 +92,15 @@ def test_draws_are_uniform_and_uncorrelated() -> None:
     assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.03
 
 
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-32])
+def test_impossible_tokens_are_never_drawn(u: float) -> None:
+    """Also where a draw falls exactly on a step of the distribution function."""
+    row = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    batch = SamplingBatch.build([SamplingParams(temperature=1.0)], [0], "cpu")
+    batch.draw.fill_(u)
+    assert sample(row, batch).token_ids.item() == (1 if u < 0.5 else 3)
+
+
 def test_mixed_batch_keeps_greedy_rows_greedy() -> None:
     rows = logits(6)
     params = [SamplingParams(temperature=0 if i % 2 else 5.0, top_k=3 if i == 0 else 0, seed=i) for i in range(6)]
