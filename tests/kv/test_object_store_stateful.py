@@ -331,4 +331,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=500, stateful_step_count=50, deadline=None, derandomize=True)
+TestStore.settings = settings(max_examples=300, stateful_step_count=50, deadline=None, derandomize=True)

@@ -202,6 +202,47 @@ def test_exact_blocks_inserted_later_do_not_hide_what_follows_tainted_ones():
     bench.pool.free(match.blocks)
 
 
+def test_every_attempt_starts_from_what_is_requested():
+    bench = Bench()
+    tokens, spans = chat(2)
+    bench.run(bench.chain(tokens, spans), variants={0: V}, tainted_from=5)
+    chain = bench.chain([*tokens, 1], spans)
+    assert bench.hit(chain) == 24 and chain.variants == (V,)
+    bench.pool.drop_contents()
+    bench.run(bench.chain(tokens, spans), variants={0: W}, tainted_from=5)
+    assert bench.hit(chain) == 24 and chain.variants == (W,), "the first match binds nobody"
+    # The exact blocks are tried first, and the request for V holds when the tainted ones are tried after them.
+    bench.run(bench.chain(chat(1)[0], spans), EXACT)
+    chain = bench.chain([*tokens, 1], spans)
+    chain.set_variant(0, V)
+    assert bench.hit(chain) == 16 and chain.variants == (None,)
+
+
+def test_an_attempt_that_leads_no_further_leaves_no_trace():
+    bench = Bench()
+    tokens, spans = chat(2)
+    bench.run(bench.chain(tokens[:12], spans), variants={0: V}, tainted_from=5)
+    bench.run(bench.chain(tokens[:16], spans), EXACT)
+    chain = bench.chain(tokens, spans)
+    match = bench.cache.match(chain, APPROX)
+    assert match.num_tokens == 16 and match.tainted_from is None and chain.variants == (None,)
+    bench.pool.free(match.blocks)
+
+
+def test_an_exact_block_may_fill_a_hole_between_tainted_ones():
+    bench = Bench(num_blocks=16)
+    tokens, spans = chat(2)
+    _, tainted = bench.run(bench.chain(tokens, spans), variants={0: V}, tainted_from=5)
+    _, exact = bench.run(bench.chain(tokens[:16], spans), EXACT)
+    kept = sorted({*tainted[:6], *exact} - {tainted[2]})
+    bench.pool.share(kept)
+    bench.pool.allocate(bench.pool.num_free)
+    chain = bench.chain([*tokens, 1], spans)
+    match = bench.cache.match(chain, APPROX)
+    assert match.blocks == (*tainted[:2], exact[2], *tainted[3:6]) and match.tainted_from == 4
+    assert chain.variants == (V,)
+
+
 def test_two_variants_of_one_prompt_are_two_chains():
     bench = Bench()
     tokens, spans = chat()

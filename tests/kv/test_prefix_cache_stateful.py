@@ -202,4 +202,4 @@ class PrefixMachine(RuleBasedStateMachine):
 
 
 TestPrefix = PrefixMachine.TestCase
-TestPrefix.settings = settings(max_examples=500, stateful_step_count=30, deadline=None, derandomize=True)
+TestPrefix.settings = settings(max_examples=300, stateful_step_count=30, deadline=None, derandomize=True)
