@@ -99,7 +99,6 @@ class PrefixCache:
             return PrefixMatch((), 0, None)
         limit = max(chain.num_tokens - 1, 0) // chain.block_size
         requested = chain.requested
-        chain.resolve(0, requested)
         blocks, tainted_from = self._walk(chain, limit, (self._try_exact,))
         if reuse is ReuseMode.APPROX and len(blocks) < limit and len(self._approx):
             best = blocks, tainted_from, chain.variants
