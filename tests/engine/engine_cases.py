@@ -41,7 +41,9 @@ MERGE = 2
 Part = int | str | tuple[int, ...]  #: n random text tokens, a picture by name, or these text tokens
 
 
-def model_config(layers: int = 4, heads: int = 4, kv_heads: int = 2, section: tuple[int, ...] = (2, 3, 3)) -> ModelConfig:
+def model_config(
+    layers: int = 4, heads: int = 4, kv_heads: int = 2, section: tuple[int, ...] = (2, 3, 3)
+) -> ModelConfig:
     dim = 2 * sum(section)
     text = TextConfig(VOCAB, heads * dim, 96, layers, heads, kv_heads, 1e-6, 500.0, section, 4096)
     vision = VisionConfig(1, 32, 32, 2, heads * dim, (0,), spatial_merge_size=MERGE, tokens_per_second=2)
@@ -192,6 +194,11 @@ class World:
                 return
             self.step()
 
+    def drive_some(self, steps: int) -> None:
+        for _ in range(steps):
+            self.resolve()
+            self.step()
+
     def step(self) -> list[Event]:
         self.now += 1.0
         events = self.engine.step(self.now)
@@ -282,12 +289,16 @@ class World:
         assert extent is not None, f"{name} is not in the store"
         return self.arena.kv_view(extent, len(self.embeddings[self.key(name)]))
 
-    def assert_idle(self) -> None:
-        """Nothing is held by anybody."""
+    def assert_idle_but_objects(self) -> None:
+        """Nothing is held by anybody; cached objects may be there."""
         self.engine.validate()
         stats, store = self.engine.stats(), self.store.stats()
         assert (stats.waiting, stats.running, stats.parked) == (0, 0, 0)
         assert stats.blocks_free == stats.blocks_total
         assert (store.filling, store.pinned, store.quarantined) == (0, 0, 0)
+
+    def assert_idle(self) -> None:
+        """Nothing is held by anybody, and nothing but cached objects was in the store, which is cleared."""
+        self.assert_idle_but_objects()
         self.store.clear()
         assert self.store.stats().committed == 0, "staging extents were left behind"

@@ -174,10 +174,11 @@ class Sequence:
             state.work = SpanWork(
                 state.span.start, state.span.length, source.depths, kv_base=source.kv.offset, embed_base=embed_base
             )
-            partial = np.flatnonzero(source.depths[state.cached :] < self.num_layers)
-            if len(partial):
+            if (source.depths < self.num_layers).any():
+                # From the span's start on, although leading tokens may be recomputed in full: the prefix caches name
+                # blocks by what their spans reuse.
                 variant = source.kv.variant
-                first = state.span.start + state.cached + int(partial[0])
+                first = state.span.start
                 self.tainted_from = first if self.tainted_from is None else min(first, self.tainted_from)
         if self.chain is not None:
             self.chain.set_variant(state.span.index, variant)
@@ -207,6 +208,12 @@ class Sequence:
     def active_rows(self, chunk: ChunkWork) -> int:
         """Rows that a prompt's chunk computes."""
         return int(self._active[chunk.end] - self._active[chunk.start])
+
+    def stops_short(self, chunk: ChunkWork) -> bool:
+        """True if the chunk ends only because a source is missing, and nobody but this request can wait for it."""
+        if chunk.end == self.num_prompt or chunk.end < self.frontier:
+            return False
+        return all(span.record_base is None for span in chunk.spans)
 
     def offer(self, prefix: PrefixCache) -> None:
         """Let other sequences start with the blocks that are complete by now."""
