@@ -10,9 +10,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
-from blake3 import blake3
-
 from vlcache_dist import wire
+from vlcache_dist.cache_directory.hashing import ranked
 from vlcache_dist.errors import VLCacheError
 from vlcache_dist.rpc import RpcClient
 from vlcache_dist.types import ContentKey, ObjectKind, Variant, WorkerId
@@ -189,7 +188,7 @@ class DirectoryClient:
 
     def _shard(self, key: ContentKey) -> int:
         """Rendezvous hashing over shard numbers: a shard keeps its keys when its address changes."""
-        return max(range(len(self._shards)), key=lambda n: blake3(key + n.to_bytes(4, "little")).digest(8))
+        return int(ranked(key, [str(shard) for shard in range(len(self._shards))])[0])
 
     async def _try(self, shard: int, message: wire.Message, timeout_s: float = CALL_TIMEOUT_S) -> wire.Message | None:
         """The reply; None if the shard does not answer, whose address is then looked up again."""

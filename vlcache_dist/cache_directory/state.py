@@ -154,11 +154,11 @@ class DirectoryState:
         )
 
     def holders(self, name: Name) -> tuple[Holder, ...]:
-        """Least recently announced last."""
+        """In the order of their announcements: who computed the object comes first."""
         found = self._holders.get(name, {})
         return tuple(
             Holder(worker_id, self._members[worker_id].info.address, variant, nbytes)
-            for (worker_id, variant), nbytes in reversed(found.items())
+            for (worker_id, variant), nbytes in found.items()
         )
 
     # -- single flight ------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class _Task:
     """One picture on its way. ``result`` is shared by all who asked for it."""
 
     span: MediaSpan
+    private: bool
     patches: Patches | None = None
     result: asyncio.Future[Extent] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     waiters: int = 0
@@ -104,7 +105,7 @@ class EncoderWorker:
         if task is None:
             if self._scheduler.waiting_tokens > self._max_waiting_tokens:
                 raise Overloaded(f"{self._scheduler.waiting_tokens} vision tokens wait for the encoder")
-            task = self._tasks[key] = _Task(message.span)
+            task = self._tasks[key] = _Task(message.span, message.private)
             self.node.spawn(self._prepare(task, message, call))
         task.waiters += 1
         try:
@@ -186,7 +187,7 @@ class EncoderWorker:
         for task in tasks:
             rows = out[row : row + task.span.length]
             row += task.span.length
-            extents.append(self.node.put(ObjectKind.EMBEDDING, task.span, rows))
+            extents.append(self.node.put(ObjectKind.EMBEDDING, task.span, rows, private=task.private))
         return extents
 
     def _finish(self, task: _Task, error: BaseException | None, extent: Extent | None = None) -> None:

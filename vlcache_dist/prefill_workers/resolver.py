@@ -162,7 +162,7 @@ class SpanResolver:
             await self._settled.wait()
             await self._production.wait(key, patience)
             return True
-        state = await self._node.lookup(key)
+        state = await self._node.state(key)
         if any(self._attempt(holder) not in tried for holder in state.kv if holder.worker_id != self._node.worker_id):
             return True
         if state.producer is None or state.producer == self._node.worker_id:
@@ -223,7 +223,7 @@ class SpanResolver:
         message = wire.Encode(span, self._source, timeout_s=remaining, private=private)
         reply = await self._node.client.call(address, message, timeout_s=remaining)
         assert isinstance(reply, wire.Encoded)
-        extent = await self._node.fetch(reply.holder, ObjectKind.EMBEDDING, span, rows=rows)
+        extent = await self._node.fetch(reply.holder, ObjectKind.EMBEDDING, span, rows=rows, private=private)
         if private:
             self._node.forget(address, ObjectKind.EMBEDDING, span.key)
         return extent

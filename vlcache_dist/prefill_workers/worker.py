@@ -22,7 +22,7 @@ from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.production import LocalProduction
 from vlcache_dist.prefill_workers.resolver import SpanResolver
 from vlcache_dist.rpc import Call
-from vlcache_dist.types import ObjectKind
+from vlcache_dist.types import ObjectKind, ReuseMode
 
 log = logging.getLogger(__name__)
 SPEED_WINDOW = 0.2  #: weight of the latest prefill in the reported tokens/s
@@ -122,6 +122,8 @@ class PrefillWorker:
                 resolving.cancel()
                 await asyncio.gather(resolving, return_exceptions=True)
             resolver.close()
+            if generation.reuse is ReuseMode.OFF:
+                self._discard_private(generation)
             if not finished:
                 self._parked.pop(request_id, None)
                 await self._bridge.call(lambda engine: engine.abort(request_id, time.monotonic()))
@@ -180,6 +182,13 @@ class PrefillWorker:
             for ticket in [t for t, parked in self._parked.items() if parked.expires <= loop.time()]:
                 log.warning("nobody took over %s in time; its KV is freed", ticket)
                 await self._release(ticket)
+
+    def _discard_private(self, generation: wire.Generation) -> None:
+        """What ``reuse=off`` computed serves nobody else."""
+        for span in generation.spans:
+            extent = self.node.store.lookup(ObjectKind.EMBEDDING, span.key)
+            if extent is not None:
+                self.node.store.discard(extent)
 
     def _prefilled(self, token: TokenEvent, done: PrefillDone, handoff: wire.Handoff | None) -> wire.Prefilled:
         return wire.Prefilled(

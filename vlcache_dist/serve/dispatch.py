@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Iterator
 
 from vlcache_dist import wire
 from vlcache_dist.errors import WorkerLost
 from vlcache_dist.serve.placement import Candidate, Choice, Costs, Demand, choose
-from vlcache_dist.types import ContentKey, Role, WorkerId
-
-from blake3 import blake3
-
-
-def ranked(key: ContentKey, addresses: Sequence[str]) -> list[str]:
-    """Rendezvous order: the same key goes to the same encoder while that one lives."""
-    return sorted(addresses, key=lambda address: blake3(key + address.encode()).digest())
+from vlcache_dist.types import Role, WorkerId
 
 
 class Dispatcher:
@@ -42,9 +34,6 @@ class Dispatcher:
             if member.info.worker_id == worker_id:
                 return member
         raise WorkerLost(f"{worker_id} is gone")
-
-    def encoders(self, key: ContentKey) -> list[str]:
-        return ranked(key, [m.info.address for m in self.workers(Role.ENCODER)])
 
     def choose_prefill(self, demand: Demand, pin: str | None, exclude: Iterable[WorkerId]) -> tuple[wire.Member, Choice]:
         """Raises WorkerLost if nobody is left, BadRequest for an unknown ``pin``."""

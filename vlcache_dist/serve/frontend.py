@@ -19,16 +19,17 @@ import msgspec
 from vlcache_dist import wire
 from vlcache_dist.config import Settings
 from vlcache_dist.errors import BadRequest, CacheError, DeadlineExceeded, ProtocolError, VLCacheError, WorkerLost
+from vlcache_dist.hashing import ModelIdentity, tenant_salt
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.media import MediaItem, MediaProcessor
 from vlcache_dist.media_fetch import MediaFetcher
 from vlcache_dist.node import FrontNode
 from vlcache_dist.prompt import Prompt, PromptBuilder, TokenText
 from vlcache_dist.reuse.plan import Plan
+from vlcache_dist.reuse.plan_file import resolve_plan
 from vlcache_dist.rpc import Call, Reply
 from vlcache_dist.serve.chat import AnswerStream, ChatEvent, ChatRequest, Done, provenance
 from vlcache_dist.serve.dispatch import Dispatcher
-from vlcache_dist.serve.identity import ContentKeys
 from vlcache_dist.serve.placement import Costs, Demand, SpanDemand
 from vlcache_dist.types import FinishReason, ReuseMode, Role, SamplingParams, TokenLogprobs, WorkerId
 
@@ -78,7 +79,7 @@ class Frontend:
         *,
         model: str,
         layout: KVLayout,
-        keys: ContentKeys,
+        identity: ModelIdentity,
         processor: MediaProcessor,
         prompts: PromptBuilder,
         eos_token_ids: Sequence[int],
@@ -88,7 +89,7 @@ class Frontend:
         self._settings = settings
         self._model = model
         self._layout = layout
-        self._keys = keys
+        self._identity = identity
         self._processor = processor
         self._prompts = prompts
         self._eos = frozenset(eos_token_ids)
@@ -96,7 +97,9 @@ class Frontend:
         self._fetcher = MediaFetcher(settings.media)
         self._media: dict[str, list[MediaItem]] = {}
         self._dispatch = Dispatcher(node.members, costs or Costs())
-        self._default_plan = str(Plan.parse(settings.engine.plan))
+        self._default_plan = str(
+            resolve_plan(settings.engine.plan, model=layout.model, num_layers=layout.num_layers)
+        )
         node.handle(wire.GetMedia, self._get_media)
 
     @property
@@ -170,10 +173,9 @@ class Frontend:
         items = await self._fetcher.load_all(request.conversation.media)
         self._media[request.request_id] = items
         off = reuse is ReuseMode.OFF
-        keys = [
-            self._keys.private_key(item, request.tenant, request.request_id) if off else self._keys.key(item, request.tenant)
-            for item in items
-        ]
+        # What `reuse=off` computes is nobody else's: its keys are salted with the request.
+        salt = tenant_salt(f"{request.tenant}\x00{request.request_id}" if off else request.tenant, b"")
+        keys = [self._processor.content_key(item, salt, self._identity) for item in items]
         states = [wire.KeyState(key, None) for key in keys] if off else await self.node.lookup(keys)
         metas = [
             state.meta or await asyncio.to_thread(self._processor.meta, item)
@@ -195,7 +197,7 @@ class Frontend:
             if span.key in seen or state.kv or state.embedding or state.producer:
                 continue
             seen.add(span.key)
-            addresses = self._dispatch.encoders(span.key)
+            addresses = self.node.encoders(span.key)
             if addresses:
                 message = wire.Encode(span, self._source(answer), answer.remaining(), private=off)
                 files = self._media[answer.request.request_id][span.index].frames

@@ -117,13 +117,13 @@ class Fetcher:
             done.set_result(None)
 
     async def fetch_staging(self, worker_id: WorkerId, address: str, lease: wire.Lease) -> Extent:
-        """Read a staging extent that its holder leased for this worker: a committed staging extent, pinned. The lease
-        stays the holder's to end. Raises as ``fetch``."""
+        """Read a staging extent that its holder leased for this worker, into one of the own store that is still
+        FILLING: the caller's to abort once it is unpacked. The lease stays the holder's to end. Raises as ``fetch``."""
         peer = await self._connect(worker_id, address)
         elements = lease.nbytes // self._layout.itemsize
         extent = self._store.stage(elements, time.monotonic(), transfer=True)
         await self._counted(self._transfer(peer, extent, lease.offset, lease.nbytes, lease.ttl_s))
-        return self._store.commit(extent, pin=True)
+        return extent
 
     def forget_peer(self, worker_id: WorkerId) -> None:
         """A worker is gone: the next fetch from that id shakes hands anew."""

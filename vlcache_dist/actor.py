@@ -1,0 +1,80 @@
+"""What the pools' Ray actors share: a Ray Serve replica around one plain worker.
+
+Ray owns the life of it (placement, health checks, scaling, rolling updates); requests never pass through here, they
+reach the worker's ZeroMQ address, which it announces to the directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import ray
+from ray import serve
+
+from vlcache_dist.assembly import Site
+from vlcache_dist.cache_directory.actor import resolver
+from vlcache_dist.config import Settings
+from vlcache_dist.node import Node
+
+log = logging.getLogger(__name__)
+
+
+class Worker(Protocol):
+    """An encoder, prefill or decode worker."""
+
+    node: Node
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class WorkerReplica:
+    """Builds a worker in its own process, keeps it until Serve stops the replica.
+
+    A subclass names its ``role`` and ``build``; the worker's name is the role and the replica's rank.
+    """
+
+    role: str
+    build: Callable[..., Worker]
+
+    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
+        parsed = Settings.of(**settings)
+        site = Site(f"{self.role}-{_rank()}", ray.util.get_node_ip_address(), directory_of(parsed))
+        limit_cpu_threads()
+        self._worker = await asyncio.to_thread(type(self).build, parsed, site)
+        await self._worker.start()
+        log.info("%s listens at %s", self._worker.node.worker_id, self._worker.node.address)
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica if this raises."""
+        if not self._worker.node.healthy:
+            raise RuntimeError(f"{self._worker.node.worker_id} is not healthy")
+
+    async def __del__(self) -> None:  # type: ignore[misc]
+        worker = getattr(self, "_worker", None)
+        if worker is not None:
+            await worker.close()
+
+
+def directory_of(settings: Settings) -> Any:
+    """How a process of the application finds the directory's shards."""
+    own = settings.serve
+    return resolver(own.app_name, own.directory_shards, heartbeat_s=own.heartbeat_s, expiry_s=own.expiry_s)
+
+
+def limit_cpu_threads() -> None:
+    """Workers on one CPU machine share its cores; ``OMP_NUM_THREADS`` of the user wins."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ or not torch.cuda.is_available():
+        torch.set_num_threads(int(os.environ.get("VLCACHE_CPU_THREADS", "1")))
+
+
+def _rank() -> int:
+    """The replica's number in its pool, stable across restarts."""
+    return int(serve.get_replica_context().rank.rank)

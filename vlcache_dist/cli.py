@@ -1,0 +1,153 @@
+"""The command line: ``vlcache-dist serve | demo | status``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from typing import Annotated, Any
+
+import httpx
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vlcache_dist.config import Settings
+from vlcache_dist.errors import VLCacheError
+
+app = typer.Typer(help="Qwen2.5-VL serving in which an image is paid for once.", no_args_is_help=True, add_completion=False)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="'tiny' (bundled), a checkpoint folder, or a hub name")] = "tiny",
+    host: Annotated[str, typer.Option(help="address that HTTP listens on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free port")] = 8000,
+    encoders: Annotated[int, typer.Option(min=1, help="vision-encoder workers")] = 1,
+    prefills: Annotated[int, typer.Option(min=1, help="prefill workers")] = 2,
+    decodes: Annotated[int, typer.Option(min=1, help="decode workers")] = 1,
+    address: Annotated[str | None, typer.Option(help="join this Ray cluster instead of starting one")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs that Ray reserves for each worker")] = 0.0,
+    reuse: Annotated[str, typer.Option(help="default of requests: approx, exact or off")] = "approx",
+    plan: Annotated[str, typer.Option(help="default recompute plan: none, uniform:5, pyramid:..., file:plan.json")] = "uniform:5",
+    config: Annotated[str | None, typer.Option(help="JSON or YAML file with settings; options above win")] = None,
+) -> None:
+    """Start the whole system and serve until Ctrl-C."""
+    from vlcache_dist.serve.cluster import running
+
+    console = Console(stderr=True)
+    settings = _settings(
+        config,
+        model={"model": model, "device": device, "dtype": dtype},
+        engine={"reuse": reuse, "plan": plan},
+        serve={
+            "host": host,
+            "port": port,
+            "encoders": encoders,
+            "prefills": prefills,
+            "decodes": decodes,
+            "address": address,
+            "gpus_per_worker": gpus_per_worker,
+        },
+    )
+    with _told(console), running(settings, say=lambda text: console.print(text, style="dim")) as url:
+        console.print(f"{settings.model.served_name or model} is served at {url}/v1 (Ctrl-C stops it)")
+        signal.pause()
+
+
+@app.command()
+def demo(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line of the output")] = False,
+) -> None:
+    """Start a cluster on this machine, ask it about pictures, show what was reused; exit 1 if an answer is wrong."""
+    from vlcache_dist.demo.run import run, show
+    from vlcache_dist.serve.cluster import running
+
+    console = Console(stderr=True)
+    settings = _settings(
+        None,
+        model={"model": "tiny", "device": "cpu", "dtype": "float32"},
+        engine={"store_bytes": 64 << 20, "kv_bytes": 64 << 20},
+        serve={"port": 0, "encoders": 1, "prefills": 2, "decodes": 1},
+    )
+    with _told(console), console.status("starting") as status:
+        with running(settings, say=lambda text: status.update(text) or console.print(text, style="dim")) as url:  # type: ignore[func-returns-value]
+            report = run(url, say=lambda text: status.update(text) or console.print(text, style="dim"))  # type: ignore[func-returns-value]
+    show(report, console)
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def status(
+    url: Annotated[str, typer.Option(help="base URL of a running server")] = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, typer.Option("--json", help="everything the workers say")] = False,
+) -> None:
+    """What a running server's workers are doing."""
+    try:
+        reply = httpx.get(f"{url}/status", timeout=10.0)
+        reply.raise_for_status()
+        report = reply.json()
+    except (httpx.HTTPError, ValueError) as error:
+        Console(stderr=True).print(f"no answer from {url}: {error}", style="red")
+        raise typer.Exit(1) from None
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+        return
+    table = Table(title=report["model"])
+    for title in ("worker", "device", "running", "waiting", "KV blocks free", "store used", "objects", "reads", "read"):
+        table.add_column(title)
+    for worker in report["workers"]:
+        table.add_row(*_status_row(worker))
+    Console().print(table)
+
+
+def _status_row(worker: dict[str, Any]) -> list[str]:
+    load = worker["load"]
+    if "error" in worker:
+        return [worker["name"], worker["error"], *[""] * 7]
+    return [
+        worker["name"],
+        worker["device"],
+        str(load["running"]),
+        str(load["waiting"]),
+        f"{load['kv_blocks_free']}/{load['kv_blocks_total']}",
+        f"{load['store_bytes_used'] / 2**20:.1f}/{load['store_bytes_total'] / 2**20:.0f} MiB",
+        str(worker["store"]["num_objects"]),
+        str(worker["transfers"]["reads"]),
+        f"{worker['transfers']['bytes_read'] / 2**20:.1f} MiB",
+    ]
+
+
+def _settings(path: str | None, **sections: dict[str, Any]) -> Settings:
+    try:
+        return Settings.read(path, **sections)
+    except VLCacheError as error:
+        Console(stderr=True).print(f"{error.code}: {error}", style="red")
+        raise typer.Exit(2) from None
+
+
+class _told:
+    """Errors in one sentence instead of a traceback; Ctrl-C is not an error."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __enter__(self) -> None:
+        warnings.filterwarnings("ignore", module="ray")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._console.print("stopped", style="dim")
+            sys.exit(130)
+        if isinstance(error, VLCacheError | RuntimeError | httpx.HTTPError):
+            self._console.print(f"{type(error).__name__}: {error}", style="red")
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    app()

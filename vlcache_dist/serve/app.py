@@ -1,0 +1,88 @@
+"""The Ray Serve application: an ingress that speaks HTTP, and one deployment per pool.
+
+``build`` is what ``vlcache-dist serve``, Serve config files and KubeRay manifests all start
+(``import_path: vlcache_dist.serve.app:build``, settings as its arguments).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from vlcache_dist.actor import directory_of
+from vlcache_dist.assembly import Site, build_frontend
+from vlcache_dist.cache_directory.actor import ensure_directory
+from vlcache_dist.config import Settings
+from vlcache_dist.decode_workers.actor import DecodeReplica
+from vlcache_dist.encoder_workers.actor import EncoderReplica
+from vlcache_dist.prefill_workers.actor import PrefillReplica
+from vlcache_dist.serve.http import create_app
+
+log = logging.getLogger(__name__)
+
+UNBOUNDED = 10_000  #: Serve's own limits; the ingress has its own (``max_ongoing``), with an answer in OpenAI's shape
+DRAIN_S = 10.0
+
+
+@serve.deployment(name="ingress")
+@serve.ingress()
+class Ingress:
+    """HTTP in, events out. The pools' handles are held so that Serve runs them as one application."""
+
+    async def __init__(self, settings: dict[str, Any], *pools: DeploymentHandle) -> None:  # type: ignore[misc]
+        self._settings = Settings.of(**settings)
+        self._pools = pools
+        site = Site("ingress", ray.util.get_node_ip_address(), directory_of(self._settings))
+        self._frontend = await asyncio.to_thread(build_frontend, self._settings, site)
+        await self._frontend.start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        own = self._settings.serve
+        app = create_app(self._frontend, max_body_bytes=own.max_body_bytes, max_ongoing=own.max_ongoing)
+
+        @app.get("/status")
+        async def status() -> dict[str, Any]:
+            return await self._frontend.status()
+
+        return app
+
+    async def __del__(self) -> None:
+        frontend = getattr(self, "_frontend", None)
+        if frontend is not None:
+            await frontend.close()
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """The application; also makes sure that the directory's shards exist. ``arguments``: ``Settings`` as nested
+    mappings. Raises ConfigError."""
+    settings = Settings.of(**arguments)
+    own = settings.serve
+    plain = settings.model_dump(mode="json")
+    ensure_directory(own.app_name, own.directory_shards, heartbeat_s=own.heartbeat_s, expiry_s=own.expiry_s)
+
+    def pool(deployment: Any, replicas: int) -> serve.Application:
+        return deployment.options(
+            num_replicas=replicas,
+            ray_actor_options={"num_cpus": 0, "num_gpus": own.gpus_per_worker},
+            max_ongoing_requests=UNBOUNDED,
+            health_check_period_s=5,
+            graceful_shutdown_wait_loop_s=0.5,
+            graceful_shutdown_timeout_s=DRAIN_S,
+        ).bind(plain)
+
+    ingress = Ingress.options(  # type: ignore[attr-defined]
+        num_replicas=own.ingresses,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=UNBOUNDED,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=DRAIN_S,
+    )
+    return ingress.bind(
+        plain, pool(EncoderReplica, own.encoders), pool(PrefillReplica, own.prefills), pool(DecodeReplica, own.decodes)
+    )
