@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -13,7 +15,6 @@ from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
 from vlcache_dist.model.rope import mrope_positions
 from vlcache_dist.model.sampler import SamplingBatch, sample
 from vlcache_dist.model.upload import upload
-from vlcache_dist.model.vision_layout import vision_layout
 from vlcache_dist.model.weights import Checkpoint
 from vlcache_dist.types import MediaSpan, SamplingParams
 
@@ -30,13 +31,17 @@ def checkpoint() -> Checkpoint:
     return Checkpoint.open("tiny")
 
 
-@pytest.fixture
-def strict() -> Iterator[None]:
-    """Any synchronization that torch knows of is an error."""
+@contextmanager
+def no_synchronization() -> Iterator[None]:
+    """Any synchronization with the host that torch knows of is an error."""
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "a prototype feature"
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def patches(seed: int = 0) -> torch.Tensor:
@@ -74,13 +79,8 @@ def test_vision_tower(checkpoint: Checkpoint, dtype: torch.dtype, tolerance: flo
 def test_vision_tower_does_not_synchronize(checkpoint: Checkpoint) -> None:
     tower, pixels = checkpoint.load_vision_tower("cuda", torch.bfloat16), patches().cuda()
     tower.forward(pixels, GRIDS)  # kernels compile
-    vision_layout(GRIDS, checkpoint.config.vision)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronization():
         tower.forward(pixels, GRIDS)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.06)])
@@ -110,15 +110,9 @@ def conversation(checkpoint: Checkpoint, device: str, dtype: torch.dtype, strict
 
     def forward(chunk: ChunkWork) -> torch.Tensor:
         step = build_step([chunk], num_layers=text.num_layers, block_size=BLOCK, kv_row=kv_row, hidden=text.hidden_size)
-        if strict:
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronization() if strict else nullcontext():
             batch, scatter = ForwardBatch.from_step(step, device), ScatterBatch.from_step(step, device)
             return model.forward(batch, pages, arena, scatter)
-        finally:
-            if strict:
-                torch.cuda.set_sync_debug_mode("default")
 
     ids = np.array([5, 6, 7, 857] + [860] * length + [858, 9, 10, 11, 12, 13])
     count = len(ids) - 2
@@ -135,7 +129,6 @@ def conversation(checkpoint: Checkpoint, device: str, dtype: torch.dtype, strict
     return logits
 
 
-@pytest.mark.usefixtures("strict")
 def test_sampler_on_the_device() -> None:
     params = [
         SamplingParams(),
@@ -145,9 +138,8 @@ def test_sampler_on_the_device() -> None:
     ]
     scores = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0))
     expected = sample(scores, SamplingBatch.build(params, [0, 1, 2, 3], "cpu"))
-    torch.cuda.set_sync_debug_mode("default")
     there = scores.cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    ours = sample(there, SamplingBatch.build(params, [0, 1, 2, 3], "cuda"))
-    torch.cuda.set_sync_debug_mode("default")
+    sample(there, SamplingBatch.build(params, [0, 1, 2, 3], "cuda"))
+    with no_synchronization():
+        ours = sample(there, SamplingBatch.build(params, [0, 1, 2, 3], "cuda"))
     assert ours.to_host(params)[0] == expected.to_host(params)[0]
