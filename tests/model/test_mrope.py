@@ -114,3 +114,4 @@ def test_angles_follow_their_axis(oracle: Qwen2_5_VLModel, config: ModelConfig) 
     torch.testing.assert_close(cos, want_cos[0, :, :half], rtol=0, atol=0)
     torch.testing.assert_close(sin, want_sin[0, :, :half], rtol=0, atol=0)
     assert cos.dtype == torch.float32
+    assert cos.is_contiguous() and sin.is_contiguous()

@@ -66,6 +66,6 @@ class MRope:
         self.axis = torch.tensor(axis, device=device)  # int64 [D/2]
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions int32 [3, R] -> cos, sin fp32 [R, D/2]."""
-        angle = positions.float().index_select(0, self.axis).T * self.frequency
+        """positions int32 [3, R] -> cos, sin fp32 [R, D/2], contiguous (kernels read whole rows)."""
+        angle = positions.T.index_select(1, self.axis).float() * self.frequency
         return angle.cos(), angle.sin()
