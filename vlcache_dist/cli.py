@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import warnings
@@ -66,7 +67,7 @@ def demo(
     from vlcache_dist.demo.run import run, show
     from vlcache_dist.serve.cluster import running
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 170)
     settings = _settings(
         None,
         model={"model": "tiny", "device": "cpu", "dtype": "float32"},
@@ -139,6 +140,8 @@ class _told:
 
     def __enter__(self) -> None:
         warnings.filterwarnings("ignore", module="ray")
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, KeyboardInterrupt):

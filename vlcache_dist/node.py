@@ -33,6 +33,13 @@ from vlcache_dist.types import ContentKey, MediaSpan, ObjectKind, Role, Variant,
 log = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 0.1
+PROBE_BYTES = 1 << 20
+READS_FROM = {
+    Role.ENCODER: (),
+    Role.PREFILL: (Role.ENCODER, Role.PREFILL, Role.DECODE, Role.COLOCATED),
+    Role.DECODE: (Role.PREFILL, Role.COLOCATED),
+    Role.COLOCATED: (Role.ENCODER, Role.PREFILL, Role.DECODE, Role.COLOCATED),
+}
 CLAIM_TTL_S = 60.0
 DRAINABLE = (wire.Prefill, wire.Decode, wire.Encode)  #: what a draining worker refuses
 
@@ -125,6 +132,7 @@ class Node(FrontNode):
         self._load: Callable[[], wire.WorkerLoad] = wire.WorkerLoad
         self._status: Callable[[], Any] = dict
         self._health: Callable[[], bool] = lambda: True
+        self._bandwidth: dict[WorkerId, float] = {}  # bytes/s, as probed when the peer appeared
         self._draining = False
         self._closed = False
         for kind, handler in {
@@ -310,13 +318,29 @@ class Node(FrontNode):
         )
 
     async def _housekeeping(self) -> None:
-        """Expire leases, tell the directory what was evicted."""
+        """Expire leases, tell the directory what was evicted, meet new peers."""
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
             self.store.expire(time.monotonic())
+            await self._meet_peers()
             for extent in self.store.take_evictions():
                 if extent.meta is not None:
                     self._directory.retract(extent.key, extent.kind, extent.variant)
+
+    async def _meet_peers(self) -> None:
+        """Connect to every worker that this one may read from, before a request has to wait for it."""
+        here = {m.info.worker_id: m.info for m in self.members() if m.info.role in READS_FROM[self.role]}
+        for worker_id in [w for w in self._bandwidth if w not in here]:
+            del self._bandwidth[worker_id]
+            self._fetcher.forget_peer(worker_id)
+        for worker_id, info in here.items():
+            if worker_id in self._bandwidth or worker_id == self.worker_id:
+                continue
+            try:
+                self._bandwidth[worker_id] = await self._fetcher.introduce(worker_id, info.address, PROBE_BYTES)
+            except VLCacheError as error:
+                self._bandwidth[worker_id] = 0.0
+                log.warning("%s cannot read from %s: %s", self.worker_id, worker_id, error)
 
     async def _report(self, message: wire.Status, call: Call) -> wire.StatusReply:
         own = self._status()
@@ -335,6 +359,7 @@ class Node(FrontNode):
                     "reads": self._fetcher.reads,
                     "bytes_read": self._fetcher.bytes_read,
                     "failures": dict(self._fetcher.failures),
+                    "bandwidth": dict(self._bandwidth),
                 },
                 **own,
             }
