@@ -160,7 +160,9 @@ class LLM:
         if plan is not None and mode is not ReuseMode.APPROX:
             raise BadRequest(f"plan {plan!r} means nothing with reuse={mode}: only approx recomputes by a plan")
         resolved = resolve_plan(plan or "uniform:5", model=self.layout.model, num_layers=self.layout.num_layers)
-        single = bool(messages) and isinstance(messages[0], Mapping)
+        if not messages:
+            raise BadRequest("messages: a conversation, or a list of them, is wanted")
+        single = isinstance(messages[0], Mapping)
         conversations = [messages] if single else messages
         requests = [self._request(c, sampling, mode, resolved) for c in conversations]  # type: ignore[arg-type]
         outputs = self._run(requests)

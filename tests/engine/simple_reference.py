@@ -1,5 +1,5 @@
-"""Vision-KV reuse as DESIGN tells it, for one prompt, as plainly as it can be written: dense tensors, one token after the
-other, no pages, no segments, no batching. It shares nothing with the engine but the weights."""
+"""Vision-KV reuse for one prompt, written as plainly as it can be: dense tensors, one token after the other, no pages,
+no segments, no batching. It shares nothing with the engine but the weights."""
 
 from __future__ import annotations
 

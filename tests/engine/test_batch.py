@@ -129,7 +129,7 @@ def test_missing_extents_are_named() -> None:
     options = {"num_layers": LAYERS, "block_size": BLOCK, "kv_row": KV_ROW, "hidden": HIDDEN}
     with pytest.raises(ValueError, match=r"\[2, 6\).*encoder output"):
         build_step([chunk_with(SpanWork(2, 4))], **options)
-    with pytest.raises(ValueError, match="span at 2 .*no KV extent"):
+    with pytest.raises(ValueError, match=r"span at 2 .*no KV extent"):
         build_step([chunk_with(SpanWork(2, 4, np.zeros(4, np.int32)))], **options)
 
 

@@ -99,7 +99,7 @@ def test_recomputed_rows_travel(plan: str) -> None:
     generation = source.generation([7, "a", 2, "v", 1, "b", 3], plan=plan, max_tokens=6)
     export, _ = hand_over(source, target, generation)
     rows = shipped(export)
-    a, v, b = generation.spans
+    a, _, b = generation.spans
     recomputed = {"none": 0, "uniform:30": 5, "pyramid:60-10": 10, "full": 16}[plan]
     assert rows & set(range(a.start, a.end)) == set(range(a.start, a.start + recomputed))
     # The picture after approximated KV was not recorded: its rows travel.
@@ -145,7 +145,7 @@ def test_objects_of_a_parked_request_cannot_be_evicted() -> None:
 
 
 def test_no_room_for_staging_leaves_the_request_parked() -> None:
-    source, target = pair()
+    source, _ = pair()
     generation = source.generation([40, "a", 2], max_tokens=3)
     source.run(generation, mode=Mode.PREFILL)
     free = source.store.stats().largest_free

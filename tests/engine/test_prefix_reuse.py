@@ -106,8 +106,8 @@ def test_tenants_share_no_prefix() -> None:
 
 
 def test_an_exact_hit_may_end_inside_a_recorded_picture() -> None:
-    """Another question about the same picture: the blocks inside the picture are reused, the rest of it is computed, and
-    the answer is exact. If its object is gone, the picture is computed as a whole, so that it can be recorded."""
+    """Another question about the same picture: the blocks inside the picture are reused, the rest of it is computed,
+    and the answer is exact. If its object is gone, the picture is computed as a whole, so that it can be recorded."""
     world = World(7, block_size=16)
     world.picture("a", (1, 16, 16))
     text = world.text(5)

@@ -4,9 +4,9 @@ Decoding sequences come first, one row each, so that a long prompt never stalls 
 step's rows, first come first served, in chunks that may end anywhere, in the middle of an image too. Only rows that
 are computed count: reused tokens are free.
 
-A few rows in front of a span whose source is still awaited are not worth a pass of their own, which costs the reading of
-all weights: they are computed together with what follows the span. Rows that complete a record do not wait, since
-other requests may wait for them.
+A few rows in front of a span whose source is still awaited are not worth a pass of their own, which costs the reading
+of all weights: they are computed together with what follows the span. Rows that are recorded do not wait, since other
+requests may wait for the record.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from vlcache_dist.engine.batch import ChunkWork
 from vlcache_dist.engine.sequence import Sequence
 from vlcache_dist.errors import ConfigError
-
 
 WORTHWHILE_ROWS = 256  #: below it a forward pass takes about as long as with a single row
 
