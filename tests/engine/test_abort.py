@@ -170,22 +170,22 @@ def test_sources_that_do_not_fit_are_refused_and_not_taken() -> None:
 def test_a_failed_pass_fails_its_requests_only() -> None:
     world = World(6)
     world.picture("a")
-    execute = world.engine.runner.execute
-    world.engine.runner.execute = lambda *args: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    launch = world.engine.runner.launch
+    world.engine.runner.launch = lambda *args: (_ for _ in ()).throw(RuntimeError("out of memory"))
     generation = world.generation([4, "a", 2])
     world.add(generation)
     world.drive()
     result = world.results[generation.request_id]
     assert result.failed is not None
     assert "out of memory" in str(result.failed.error)
-    world.engine.runner.execute = execute
+    world.engine.runner.launch = launch
     assert world.ask([4, "a", 2]).finish is FinishReason.LENGTH
     world.assert_idle()
 
 
 def test_a_device_that_keeps_failing_stops_the_engine() -> None:
     world = World(7)
-    world.engine.runner.execute = lambda *args: (_ for _ in ()).throw(RuntimeError("device lost"))
+    world.engine.runner.launch = lambda *args: (_ for _ in ()).throw(RuntimeError("device lost"))
     with pytest.raises(EngineError, match="device lost"):
         for _ in range(10):
             world.ask([4])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from engine_cases import World
+from engine_cases import EOS, World
 
 from vlcache_dist.engine.api import Admitted, Mode
 from vlcache_dist.errors import BadRequest, ConfigError, Overloaded, PromptTooLong
@@ -183,16 +185,12 @@ def test_a_budget_below_the_number_of_sequences_is_refused() -> None:
 
 def test_end_of_sequence_and_length() -> None:
     world = World(11)
-    world.model.lm_head.zero_()
-    world.model.lm_head[95] = world.model.norm.sign() * 0.5  # the last hidden state may point anywhere
     generation = world.generation([5], max_tokens=6)
     ends = Generation(
         "e", "t", generation.token_ids, (), SamplingParams(max_tokens=6, logprobs=96), ReuseMode.OFF, "none"
     )
-    world.engine.runner.execute = lambda step, params, draws: (
-        [95] * len(params),
-        [None] * len(params),
-    )
+    drawn = SimpleNamespace(result=lambda: ([EOS], [None]))
+    world.engine.runner.launch = lambda step, params, draws: drawn
     events = []
     world.engine.add(ends, 0.0)
     events += world.engine.step(0.0)

@@ -223,16 +223,14 @@ class Engine:
                 kv_row=self.layout.kv_row,
                 hidden=self.layout.hidden,
             )
-            tokens, logprobs = self.runner.execute(
-                batch, [s.sampling for s in sampled], [s.num_generated for s in sampled]
-            )
+            forward = self.runner.launch(batch, [s.sampling for s in sampled], [s.num_generated for s in sampled])
+            # Hashing a long prompt's blocks takes as long as a warm pass: do it while the device computes. Whoever
+            # starts with these blocks is enqueued behind the pass that fills them.
+            for sequence, chunk in work:
+                sequence.offer(self.prefix, chunk.end)
+            tokens, logprobs = forward.result()
         except Exception as error:
-            self._failed_steps += 1
-            log.exception("a forward pass of %d sequences failed", len(work))
-            if self._failed_steps >= MAX_FAILED_STEPS:
-                raise EngineError(f"{self._failed_steps} forward passes in a row failed: {error}") from error
-            for sequence, _ in work:
-                self._fail(sequence, EngineError(f"forward pass: {type(error).__name__}: {error}"))
+            self._pass_failed(work, error)
             return
         self._failed_steps = 0
         self._count(work, batch)
@@ -241,8 +239,18 @@ class Engine:
         for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
             self._token(sequence, token, logprob, now)
 
+    def _pass_failed(self, work: list[tuple[Sequence, ChunkWork]], error: Exception) -> None:
+        """Its requests fail; so do all cached blocks, since some of them may have been offered too early."""
+        self._failed_steps += 1
+        log.exception("a forward pass of %d sequences failed", len(work))
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            raise EngineError(f"{self._failed_steps} forward passes in a row failed: {error}") from error
+        for sequence, _ in work:
+            self._fail(sequence, EngineError(f"forward pass: {type(error).__name__}: {error}"))
+        self.pool.drop_contents()
+
     def _written(self, sequence: Sequence, chunk: ChunkWork) -> None:
-        """The chunk's KV is in the pages: commit records, let go of sources, offer blocks to the prefix caches."""
+        """The chunk's KV is in the pages: commit records, let go of sources."""
         for index, state in enumerate(sequence.spans):
             if state.work is None or state.span.start >= chunk.end:
                 continue
@@ -250,7 +258,6 @@ class Engine:
             if state.span.end <= chunk.end:
                 self._span_done(sequence, index, state)
         sequence.num_computed = chunk.end
-        sequence.offer(self.prefix)
 
     def _span_done(self, sequence: Sequence, index: int, state: SpanState) -> None:
         keep = sequence.mode is Mode.PREFILL

@@ -1,7 +1,7 @@
 """The tensors of an engine: weights, pages and arena, and what is done to them. Knows nothing of requests.
 
-Everything is enqueued on the current stream of the caller's thread; ``execute`` waits for the drawn tokens, the rest
-returns without waiting unless it says otherwise.
+Everything is enqueued on the current stream of the caller's thread and returns without waiting for the device, unless
+it says otherwise; what is enqueued later sees what was enqueued before.
 """
 
 from __future__ import annotations
@@ -17,9 +17,25 @@ from vlcache_dist.kv.arena import Arena
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
 from vlcache_dist.model.language import LanguageModel
-from vlcache_dist.model.sampler import SamplingBatch, sample
+from vlcache_dist.model.sampler import Sampled, SamplingBatch, sample
 from vlcache_dist.model.upload import upload
 from vlcache_dist.types import SamplingParams, TokenLogprobs
+
+
+class Pass:
+    """A forward pass under way."""
+
+    def __init__(self, runner: Runner, sampled: Sampled | None, params: Sequence[SamplingParams]) -> None:
+        self._runner = runner
+        self._sampled = sampled
+        self._params = params
+
+    def result(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Wait until everything the pass wrote is there; the drawn tokens and, for rows that asked, their logprobs."""
+        if self._sampled is None:
+            self._runner.synchronize()
+            return [], []
+        return self._sampled.to_host(self._params)
 
 
 class Runner:
@@ -34,18 +50,15 @@ class Runner:
         self.arena = arena
         self.device = model.device
 
-    def execute(
-        self, step: StepBatch, params: Sequence[SamplingParams], draws: Sequence[int]
-    ) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """One forward pass: scatter, compute, record, draw. ``params`` and ``draws`` (index of the token within its
-        answer) belong to the step's sampled rows, in order. On return everything the step wrote is visible."""
+    def launch(self, step: StepBatch, params: Sequence[SamplingParams], draws: Sequence[int]) -> Pass:
+        """Start a forward pass: scatter, compute, record, draw. ``params`` and ``draws`` (index of the token within its
+        answer) belong to the step's sampled rows, in order."""
         batch = ForwardBatch.from_step(step, self.device)
         scatter = ScatterBatch.from_step(step, self.device)
         logits = self.model.forward(batch, self.pages, self.arena.tensor, scatter)
         if not params:
-            self.synchronize()
-            return [], []
-        return sample(logits, SamplingBatch.build(params, draws, self.device)).to_host(params)
+            return Pass(self, None, ())
+        return Pass(self, sample(logits, SamplingBatch.build(params, draws, self.device)), params)
 
     def pack(self, slots: np.ndarray, staging: Extent) -> None:
         """Copy the slots' rows (int64 [n]) into a staging extent of n rows; waits until they are there."""

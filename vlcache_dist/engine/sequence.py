@@ -215,9 +215,9 @@ class Sequence:
             return False
         return all(span.record_base is None for span in chunk.spans)
 
-    def offer(self, prefix: PrefixCache) -> None:
-        """Let other sequences start with the blocks that are complete by now."""
-        stop = self.num_computed // self.block_size * self.block_size
+    def offer(self, prefix: PrefixCache, num_computed: int) -> None:
+        """Let other sequences start with the blocks that are full once ``num_computed`` positions are computed."""
+        stop = num_computed // self.block_size * self.block_size
         if self.chain is None or stop <= self.num_offered:
             return
         self.chain.extend(self.tokens[self.chain.num_tokens : stop])
