@@ -17,6 +17,7 @@ from vlcache_dist import wire
 from vlcache_dist.engine.api import Admitted, Event, Import, Mode, TokenEvent
 from vlcache_dist.engine.bridge import EngineBridge
 from vlcache_dist.engine.engine import Engine
+from vlcache_dist.engine.warmup import warm_up
 from vlcache_dist.errors import EngineError, TransferFailed, VLCacheError
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
@@ -41,6 +42,7 @@ class DecodeWorker:
         node.on_health(lambda: self._bridge.healthy)
 
     async def start(self) -> None:
+        await asyncio.to_thread(warm_up, self.engine)
         self._bridge.start()
         await self.node.start()
 

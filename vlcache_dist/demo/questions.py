@@ -34,7 +34,8 @@ def save_pictures(folder: Path) -> list[tuple[Path, Picture]]:
     """Draw the demo's pictures and write them as PNG files: from here on they are read like any user's file."""
     pictures = []
     for number in range(6):
-        picture = draw("form", seed=100 + number)
+        cells = 12 if number == 0 else 8  # a vision token per cell
+        picture = draw("form", seed=100 + number, rows=cells, columns=cells)
         path = folder / f"picture-{number}.png"
         path.write_bytes(picture.png())
         pictures.append((path, picture))

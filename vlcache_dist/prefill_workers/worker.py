@@ -17,6 +17,7 @@ from vlcache_dist import wire
 from vlcache_dist.engine.api import Admitted, Event, Mode, PrefillDone, RecordDropped, SpanRecorded, TokenEvent
 from vlcache_dist.engine.bridge import EngineBridge
 from vlcache_dist.engine.engine import Engine
+from vlcache_dist.engine.warmup import warm_up
 from vlcache_dist.errors import EngineError
 from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.production import LocalProduction
@@ -55,6 +56,7 @@ class PrefillWorker:
         node.on_health(lambda: self._bridge.healthy)
 
     async def start(self) -> None:
+        await asyncio.to_thread(warm_up, self.engine)
         self._bridge.start()
         await self.node.start()
         self.node.spawn(self._expire_parked())

@@ -38,9 +38,9 @@ from vlcache_dist.types import WorkerId
 
 log = logging.getLogger(__name__)
 
-BUSY_POLL_S = 20e-6
+BUSY_POLL_S = 50e-6
 IDLE_POLL_S = 2e-3
-AWAKE_S = 0.05  #: how long after the last transfer the owner thread keeps polling fast
+AWAKE_S = 0.005  #: how long after the last transfer the owner thread keeps polling fast
 
 
 def configure_ucx(device: torch.device) -> None:
