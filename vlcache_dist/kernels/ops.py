@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vlcache_dist.kernels import activation, kv_write, norm, pack, rope, rotate_scatter as extents
+from vlcache_dist.kernels import activation, kv_write, norm, pack, rope
+from vlcache_dist.kernels import rotate_scatter as extents
 from vlcache_dist.kernels.dispatch import uses_triton
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vlcache_dist.kernels.gpu import device
+from vlcache_dist.kernels.gpu import device, packed
 
 LOG2E = 1.4426950408889634
 _NO_KEYS = tl.constexpr(-1.0e30)  # a finite "minus infinity" for running maxima: exp2(-inf - it) is 0, not NaN
@@ -29,8 +29,14 @@ _NO_KEYS = tl.constexpr(-1.0e30)  # a finite "minus infinity" for running maxima
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """How the kernel is launched. ``splits`` None: chosen from the grid; ``tma``: keys by the bulk copy engine
-    (needs pages that are a multiple of block_n, and a head_dim that is a power of two)."""
+    (
+        """How the kernel is launched. ``splits`` None: chosen from the grid; ``tma``: keys by the bulk copy engine
+    (needs pages that are a multiple of block_n, and a head_dim that is a power of two). ``pdl``: programmatic dependent
+    launch, by which a program starts, looks up its pages and prefetches its first ``prefetch`` of them into L2 while
+    the previous kernel of the stream still runs (0 unless pages are of block_n tokens). ``per_sm``: programs that a
+    multiprocessor holds at once."""
+        ""
+    )
 
     block_m: int
     block_n: int
@@ -39,6 +45,20 @@ class AttentionConfig:
     tma: bool
     pdl: bool
     splits: int | None = None
+    per_sm: int = 2
+    prefetch: int = 0
+
+
+_PIECE = tl.constexpr(512)  # bytes that one thread prefetches
+
+
+@triton.jit
+def _prefetch_l2(pointer):
+    """Ask for _PIECE bytes from each address. L2 is where writes meet: what is written later is not stale."""
+    address = pointer.to(tl.int64, bitcast=True)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;", "=r,l", [address], tl.int32, False, 1
+    )
 
 
 @triton.jit
@@ -100,12 +120,12 @@ def _tile(
 
 @triton.jit(do_not_specialize=["num_segments", "num_rows", "table_stride"])
 def _segment_kernel(
-    q_ptr, k_src, v_src, out_ptr, part_ptr, lse_ptr, cu_ptr, kv_len_ptr, table_ptr,
+    q_ptr, k_src, v_src, out_ptr, part_ptr, lse_ptr, cu_ptr, kv_len_ptr, table_ptr, k_ptr, v_ptr,
     num_segments, num_rows, q_stride, table_stride, kv_row, scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr, ONE_TILE: tl.constexpr,
     SPLITS: tl.constexpr, MIN_BLOCKS: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     RATIO: tl.constexpr = HEADS // KV_HEADS
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles see the most keys: they start first
@@ -153,6 +173,15 @@ def _segment_kernel(
     page = 0
     if PAGED and BLOCK_SIZE % BLOCK_N == 0:
         page = tl.load(table + lo // BLOCK_SIZE, mask=lo < hi, other=0)
+    if PREFETCH > 0:  # a page of BLOCK_N tokens holds all KV heads: each head's program asks for its share of the bytes
+        SHARE: tl.constexpr = BLOCK_SIZE * D
+        STEP: tl.constexpr = _PIECE * 8 // k_ptr.dtype.element_ty.primitive_bitwidth
+        piece = kv_head * SHARE + tl.arange(0, SHARE // STEP) * STEP
+        for i in tl.static_range(PREFETCH):
+            ahead = lo + i * BLOCK_N
+            block = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < hi, other=0).to(tl.int64)
+            _prefetch_l2(k_ptr + block * BLOCK_SIZE * kv_row + piece)
+            _prefetch_l2(v_ptr + block * BLOCK_SIZE * kv_row + piece)
     if PDL:  # lengths and block tables are older than the previous kernel; queries and keys are not
         gdc_wait()
 
@@ -206,7 +235,8 @@ def _combine_kernel(
     live = pair < tl.load(cu_ptr + num_segments).to(tl.int64) * HEADS  # not a padding row
     lse = tl.load(lse_ptr + index, mask=split < SPLITS, other=_NO_KEYS)
     # an empty split's part was never written: it is loaded all the same, so that both loads are in flight, and dropped
-    part = tl.load(part_ptr + index[:, None] * D + column[None, :], mask=(split < SPLITS)[:, None] & (column < D)[None, :], other=0.0)
+    inside = (split < SPLITS)[:, None] & (column < D)[None, :]
+    part = tl.load(part_ptr + index[:, None] * D + column[None, :], mask=inside, other=0.0)
     lse = tl.where(live, lse, _NO_KEYS)
     weight = tl.where(lse > _NO_KEYS, tl.exp2(lse - tl.max(lse, 0)), 0.0)
     part = tl.where((weight > 0)[:, None], part, 0.0) * weight[:, None]
@@ -220,8 +250,10 @@ def default_config(dtype: torch.dtype, head_dim: int, rows: int, block_size: int
     few = rows <= 16
     if dtype == torch.float32:
         return AttentionConfig(16 if few else 64, 32, 4, 2, False, False)
+    if few and hopper and block_size % 128 == 0 and head_dim == 128:
+        return AttentionConfig(16, 128, 4, 3, True, True, None, 1, 4 if block_size == 128 else 0)
     tma = hopper and head_dim >= 16 and head_dim & (head_dim - 1) == 0 and block_size > 0 and block_size % 64 == 0
-    return AttentionConfig(16 if few else 64, 64, 4, 3 if hopper else 2, tma, hopper and few)
+    return AttentionConfig(16 if few else 64, 64, 4, 3 if hopper else 2, tma, hopper)
 
 
 def choose_splits(tiles: int, blocks: int, processors: int, per_processor: int, min_blocks: int) -> int:
@@ -254,13 +286,14 @@ def _launch(
     paged = block_size > 0
     c = config or default_config(q.dtype, dim, max_q * ratio, block_size, device.is_hopper_or_later(q))
     one_tile = max_q * ratio <= c.block_m
-    tiles = segments if one_tile else num_rows * ratio // c.block_m + segments
+    longest = -(-max_q * ratio // c.block_m)
+    tiles = segments * longest if min(segments, longest) == 1 else num_rows * ratio // c.block_m + segments
     blocks = -(-max_kv // c.block_n)
     min_blocks = max(1, 128 // c.block_n)
     splits = c.splits
     if splits is None:
         sms = device.processors(q.device.index or 0) if q.is_cuda else 4
-        splits = choose_splits(tiles * kv_heads, blocks, sms, 1 if c.warps > 4 else 2, min_blocks)
+        splits = choose_splits(min(tiles, segments * longest) * kv_heads, blocks, sms, c.per_sm, min_blocks)
     part = lse = out
     if splits > 1:
         part = torch.empty((splits, num_rows, heads, dim), dtype=torch.float32, device=q.device)
@@ -274,12 +307,13 @@ def _launch(
     block_d = max(16, triton.next_power_of_2(dim))
     launch: dict[str, Any] = {"launch_pdl": True} if c.pdl else {}
     _segment_kernel[(tiles, kv_heads, splits)](
-        q, k_src, v_src, out, part, lse, cu, kv_len, table,
+        q, k_src, v_src, out, part, lse, cu, kv_len, table, k, v,
         segments, num_rows, q.stride(0), table.stride(0), k.stride(1) if paged else k.stride(0), scale * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, D=dim, BLOCK_D=block_d, BLOCK_SIZE=max(1, block_size),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, SEGMENTS=1 if one_tile else triton.next_power_of_2(segments),
         ONE_TILE=one_tile, SPLITS=splits, MIN_BLOCKS=min_blocks, CAUSAL=causal, PAGED=paged, TMA=c.tma,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PDL=c.pdl,
+        PREFETCH=c.prefetch if c.pdl and paged else 0,
         num_warps=c.warps, num_stages=c.stages, **launch,
     )  # fmt: skip
     if splits > 1:
@@ -324,10 +358,14 @@ def varlen_attention(
     *,
     config: AttentionConfig | None = None,
 ) -> torch.Tensor:
-    """See ``kernels.attention.varlen_attention_reference``. k and v must have equal row strides (else they are copied)."""
+    """See ``kernels.attention.varlen_attention_reference``. k and v of different row strides are copied."""
     dim = q.shape[2]
+    scale = dim**-0.5 if scale is None else scale
+    plain = not causal and config is None and k.shape == q.shape and q.dtype != torch.float32
+    if plain and device.is_hopper_or_later(q) and packed.halves(dim) is not None:
+        tile = (64, 64, 4, 2) if max_len <= 64 else (128, 64, 8, 3)
+        return packed.packed_attention(q, k, v, cu, max_len, scale, *tile)
     if k.stride() != v.stride() or k.stride(2) != 1 or k.stride(1) != dim:
         k, v = k.contiguous(), v.contiguous()
-    scale = dim**-0.5 if scale is None else scale
     table = cu[None]  # not read: keys are packed, not paged
     return _launch(q, k, v, cu, cu, table, max_len, max_len, scale, causal, 0, k.shape[1], config)

@@ -1,7 +1,8 @@
 """Full attention inside packed sequences, for the vision tower: no causal mask, as many key as query heads.
 
 A head_dim that is no power of two is computed as the sum of two that are (80 = 64 + 16), because a padded 128 would
-cost 60 % more arithmetic. Keys and values come by the bulk copy engine.
+cost 60 % more arithmetic. Keys and values come by the bulk copy engine, whose last block of a sequence holds rows of
+the next one: their scores are masked, but their values must be finite.
 """
 
 from __future__ import annotations
@@ -21,40 +22,6 @@ def halves(head_dim: int) -> tuple[int, int] | None:
     if first < 16 or second & (second - 1) or 0 < second < 16:
         return None
     return first, second
-
-
-@triton.jit
-def _blocks(
-    acc1, acc2, m, l, q1, q2, k1_desc, k2_desc, v1_desc, v2_desc, row0, column, lo, hi, length, scale_log2,
-    MASKED: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    offset = tl.arange(0, BLOCK_N)
-    for start in tl.range(lo, hi, BLOCK_N):
-        row = row0 + start
-        s = tl.dot(q1, tl.trans(k1_desc.load([row, column])))
-        if D2 > 0:
-            s = tl.dot(q2, tl.trans(k2_desc.load([row, column + D1])), s)
-        inside = start + offset < length
-        if MASKED:
-            s = tl.where(inside[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-        p = tl.exp2(s * scale_log2 - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        l = l * alpha + tl.sum(p, 1)
-        acc1 = acc1 * alpha[:, None]
-        v1 = v1_desc.load([row, column])
-        if MASKED:
-            v1 = tl.where(inside[:, None], v1, 0.0)
-        p = p.to(v1.dtype)
-        acc1 = tl.dot(p, v1, acc1)
-        if D2 > 0:
-            acc2 = acc2 * alpha[:, None]
-            v2 = v2_desc.load([row, column + D1])
-            if MASKED:
-                v2 = tl.where(inside[:, None], v2, 0.0)
-            acc2 = tl.dot(p, v2, acc2)
-        m = m_new
-    return acc1, acc2, m, l
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -94,15 +61,22 @@ def _packed_kernel(
         acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
     m = tl.full([BLOCK_M], -1.0e30, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    whole = length // BLOCK_N * BLOCK_N
-    acc1, acc2, m, l = _blocks(
-        acc1, acc2, m, l, q1, q2, k1_desc, k2_desc, v1_desc, v2_desc, row0, head * D, 0, whole, length, scale_log2,
-        False, D1, D2, BLOCK_N,
-    )  # fmt: skip
-    acc1, acc2, m, l = _blocks(
-        acc1, acc2, m, l, q1, q2, k1_desc, k2_desc, v1_desc, v2_desc, row0, head * D, whole, length, length,
-        scale_log2, True, D1, D2, BLOCK_N,
-    )  # fmt: skip
+    offset = tl.arange(0, BLOCK_N)
+    for start in tl.range(0, length, BLOCK_N):
+        at = row0 + start
+        s = tl.dot(q1, tl.trans(k1_desc.load([at, head * D])))
+        if D2 > 0:
+            s = tl.dot(q2, tl.trans(k2_desc.load([at, head * D + D1])), s)
+        s = tl.where((start + offset < length)[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, 1)
+        p = p.to(q1.dtype)
+        acc1 = tl.dot(p, v1_desc.load([at, head * D]), acc1 * alpha[:, None])
+        if D2 > 0:
+            acc2 = tl.dot(p, v2_desc.load([at, head * D + D1]), acc2 * alpha[:, None])
+        m = m_new
     out = (row0 + row).to(tl.int64)[:, None] * (HEADS * D) + head * D
     kind = out_ptr.dtype.element_ty
     tl.store(out_ptr + out + one, (acc1 / l[:, None]).to(kind), mask=live)
@@ -120,7 +94,8 @@ def packed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, max_len: int, scale: float,
     block_m: int, block_n: int, warps: int, stages: int,
 ) -> torch.Tensor:  # fmt: skip
-    """q, k, v [N, H, D] of a 16-bit dtype, ``halves(D)`` not None and H * D a multiple of 8; cu int32 [S+1]."""
+    """q, k, v [N, H, D] of a 16-bit dtype, ``halves(D)`` not None and H * D a multiple of 8; cu int32 [S+1]. Needs
+    Hopper or later. Rows at or past cu[S] are left unwritten."""
     rows, heads, dim = q.shape
     parts = halves(dim)
     if parts is None or k.shape != q.shape:
