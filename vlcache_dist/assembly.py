@@ -1,6 +1,7 @@
-"""From settings to workers: what the Ray actors, the tests and the benchmarks build their processes with.
+"""What all processes are built from: an opened model, a node with its store and transport, an engine.
 
-Each function returns a worker that is not started yet. Torch and weights are loaded here, so call it off the event loop.
+The pools' ``build`` modules put workers together from these. Nothing here is started. Torch and weights are loaded, so
+call it off the event loop.
 """
 
 from __future__ import annotations
@@ -12,18 +13,12 @@ import torch
 
 from vlcache_dist.cache_directory.client import Addresses
 from vlcache_dist.config import Settings
-from vlcache_dist.decode_workers.worker import DecodeWorker
-from vlcache_dist.encoder_workers.worker import EncoderWorker
 from vlcache_dist.engine.build import Placement, build_engine, build_store, kv_layout
 from vlcache_dist.engine.engine import Engine
 from vlcache_dist.hashing import ModelIdentity
 from vlcache_dist.kv.layout import KVLayout
-from vlcache_dist.media import MediaProcessor
 from vlcache_dist.model.weights import Checkpoint
-from vlcache_dist.node import FrontNode, Node
-from vlcache_dist.prefill_workers.worker import PrefillWorker
-from vlcache_dist.prompt import PromptBuilder
-from vlcache_dist.serve.frontend import Frontend
+from vlcache_dist.node import Node
 from vlcache_dist.transfer.base import Transport
 from vlcache_dist.transfer.fetch import FetchLimits
 from vlcache_dist.types import Role, WorkerId
@@ -47,13 +42,20 @@ class Model:
     checkpoint: Checkpoint
     placement: Placement
     layout: KVLayout
+    identity: ModelIdentity
 
     @classmethod
     def open(cls, settings: Settings) -> Model:
         """Raises CheckpointError, UnsupportedModel."""
-        checkpoint = Checkpoint.open(settings.model.model, settings.model.revision)
-        placement = Placement.of(settings.model)
-        return cls(checkpoint, placement, kv_layout(checkpoint.config, checkpoint.fingerprint, placement.dtype))
+        own = settings.model
+        checkpoint = Checkpoint.open(own.model, own.revision)
+        placement = Placement.of(own)
+        return cls(
+            checkpoint,
+            placement,
+            kv_layout(checkpoint.config, checkpoint.fingerprint, placement.dtype),
+            ModelIdentity(own.model, own.revision or "", checkpoint.fingerprint, placement.dtype),
+        )
 
 
 def nixl_transport(worker_id: WorkerId, arena: torch.Tensor, layout: KVLayout) -> Transport:
@@ -63,55 +65,8 @@ def nixl_transport(worker_id: WorkerId, arena: torch.Tensor, layout: KVLayout) -
     return NixlTransport(worker_id, arena, layout)
 
 
-def build_encoder(settings: Settings, site: Site, transport: TransportFactory = nixl_transport) -> EncoderWorker:
-    """The vision tower and a store for its output."""
-    model = Model.open(settings)
-    node = _node(settings, site, Role.ENCODER, model, transport)
-    tower = model.checkpoint.load_vision_tower(model.placement.device, model.placement.torch_dtype)
-    processor = MediaProcessor.from_folder(model.checkpoint.folder, settings.media)
-    return EncoderWorker(node, tower.forward, processor)
-
-
-def build_prefill(settings: Settings, site: Site, transport: TransportFactory = nixl_transport) -> PrefillWorker:
-    """The language model, paged KV and a store for image KV."""
-    model = Model.open(settings)
-    node = _node(settings, site, Role.PREFILL, model, transport)
-    return PrefillWorker(node, _engine(settings, model, node))
-
-
-def build_decode(settings: Settings, site: Site, transport: TransportFactory = nixl_transport) -> DecodeWorker:
-    """As ``build_prefill``, for the decode pool."""
-    model = Model.open(settings)
-    node = _node(settings, site, Role.DECODE, model, transport)
-    return DecodeWorker(node, _engine(settings, model, node))
-
-
-def build_frontend(settings: Settings, site: Site) -> Frontend:
-    """The ingress: tokenizer and processor, no weights, no device."""
-    model = Model.open(settings)
-    config = model.checkpoint.config
-    limit = config.text.max_position_embeddings
-    prompts = PromptBuilder.from_folder(
-        model.checkpoint.folder,
-        merge_size=config.vision.spatial_merge_size,
-        max_model_len=min(limit, settings.model.max_model_len or limit),
-    )
-    identity = ModelIdentity(
-        settings.model.model, settings.model.revision or "", model.checkpoint.fingerprint, model.placement.dtype
-    )
-    return Frontend(
-        FrontNode(site.host, site.directory),
-        settings,
-        model=settings.model.served_name or settings.model.model,
-        layout=model.layout,
-        identity=identity,
-        processor=MediaProcessor.from_folder(model.checkpoint.folder, settings.media),
-        prompts=prompts,
-        eos_token_ids=config.eos_token_ids,
-    )
-
-
-def _node(settings: Settings, site: Site, role: Role, model: Model, transport: TransportFactory) -> Node:
+def make_node(settings: Settings, site: Site, role: Role, model: Model, transport: TransportFactory) -> Node:
+    """A worker's node: arena, store, transport, RPC, directory client."""
     arena, store = build_store(model.layout, settings.engine, model.placement.device)
     return Node(
         name=site.name,
@@ -125,7 +80,8 @@ def _node(settings: Settings, site: Site, role: Role, model: Model, transport: T
     )
 
 
-def _engine(settings: Settings, model: Model, node: Node) -> Engine:
+def make_engine(settings: Settings, model: Model, node: Node) -> Engine:
+    """The language model with paged KV, over the node's arena and store."""
     language = model.checkpoint.load_language_model(model.placement.device, model.placement.torch_dtype)
     return build_engine(
         language,
@@ -135,4 +91,3 @@ def _engine(settings: Settings, model: Model, node: Node) -> Engine:
         node.store,
         max_model_len=settings.model.max_model_len,
     )
-

@@ -17,7 +17,9 @@ from rich.table import Table
 from vlcache_dist.config import Settings
 from vlcache_dist.errors import VLCacheError
 
-app = typer.Typer(help="Qwen2.5-VL serving in which an image is paid for once.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Qwen2.5-VL serving in which an image is paid for once.", no_args_is_help=True, add_completion=False
+)
 
 
 @app.command()
@@ -33,7 +35,9 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs that Ray reserves for each worker")] = 0.0,
     reuse: Annotated[str, typer.Option(help="default of requests: approx, exact or off")] = "approx",
-    plan: Annotated[str, typer.Option(help="default recompute plan: none, uniform:5, pyramid:..., file:plan.json")] = "uniform:5",
+    plan: Annotated[
+        str, typer.Option(help="default recompute plan: none, uniform:5, pyramid:..., file:plan.json")
+    ] = "uniform:5",
     config: Annotated[str | None, typer.Option(help="JSON or YAML file with settings; options above win")] = None,
 ) -> None:
     """Start the whole system and serve until Ctrl-C."""

@@ -102,8 +102,8 @@ class ServeSettings(_Section):
     encoders: int = Field(default=1, ge=1)
     prefills: int = Field(default=2, ge=1)
     decodes: int = Field(default=1, ge=1)
-    ingresses: int = Field(1, ge=1, description="HTTP replicas")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs Ray reserves for each encoder, prefill and decode worker")
+    ingresses: int = Field(default=1, ge=1, description="HTTP replicas")
+    gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each worker")
     directory_shards: int = Field(default=1, ge=1)
     transport: Literal["nixl", "memory"] = Field(
         default="nixl", description="'memory' works inside one process only (tests)"

@@ -15,7 +15,6 @@ from vlcache_dist.errors import WorkerLost
 NAMESPACE = "vlcache"
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=100)
 class DirectoryShard:
     """One shard. A restarted one is empty and has another epoch and address."""
 
@@ -37,9 +36,16 @@ def _name(app: str, shard: int) -> str:
 
 def ensure_directory(app: str, shards: int, *, heartbeat_s: float, expiry_s: float) -> list[Any]:
     """Handles of the application's shards, which are created if they are not there."""
+    actor = ray.remote(DirectoryShard)
     return [
-        DirectoryShard.options(  # type: ignore[attr-defined]
-            name=_name(app, shard), namespace=NAMESPACE, get_if_exists=True, lifetime="detached"
+        actor.options(  # type: ignore[attr-defined]
+            name=_name(app, shard),
+            namespace=NAMESPACE,
+            get_if_exists=True,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
         ).remote(heartbeat_s, expiry_s)
         for shard in range(shards)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray import serve
 
 from vlcache_dist.actor import WorkerReplica
-from vlcache_dist.assembly import build_decode
+from vlcache_dist.decode_workers.build import build_decode
 
 
 @serve.deployment(name="decode_workers")

@@ -56,7 +56,8 @@ class Report(msgspec.Struct, frozen=True):
 def ask(url: str, messages: list[dict[str, Any]], **vlcache: Any) -> Answer:
     """Stream one chat completion. Raises httpx.HTTPError or RuntimeError with the server's message."""
     body = {"model": "tiny", "messages": messages, "stream": True, "max_tokens": 16, "vlcache": vlcache}
-    text, first, extension = "", 0.0, {}
+    text, first = "", 0.0
+    extension: dict[str, Any] = {}
     started = time.perf_counter()
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=REQUEST_TIMEOUT_S) as reply:
         if reply.status_code != 200:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray import serve
 
 from vlcache_dist.actor import WorkerReplica
-from vlcache_dist.assembly import build_encoder
+from vlcache_dist.encoder_workers.build import build_encoder
 
 
 @serve.deployment(name="encoder_workers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from vlcache_dist.engine.api import Event, Failed
 from vlcache_dist.engine.driver import EngineDriver
@@ -12,6 +12,12 @@ from vlcache_dist.engine.engine import Engine
 from vlcache_dist.errors import DeadlineExceeded, WorkerLost
 
 T = TypeVar("T")
+
+
+class OnEngine(Protocol):
+    """Runs a function in the engine's thread and awaits its result."""
+
+    def __call__(self, function: Callable[[Engine], T]) -> Awaitable[T]: ...
 
 
 class EngineBridge:
@@ -56,7 +62,7 @@ class EngineBridge:
 
     @staticmethod
     async def next_event(queue: asyncio.Queue[Event], deadline: float) -> Event:
-        """The next event before ``deadline`` (of the loop's clock). Raises DeadlineExceeded, or a ``Failed``'s error."""
+        """The next event before ``deadline`` (loop clock). Raises DeadlineExceeded, or a ``Failed``'s error."""
         try:
             async with asyncio.timeout_at(deadline):
                 event = await queue.get()
@@ -89,4 +95,3 @@ class EngineBridge:
                 queue.put_nowait(Failed(request_id, lost))
 
         self._loop.call_soon_threadsafe(tell)
-

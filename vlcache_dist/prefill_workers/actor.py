@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray import serve
 
 from vlcache_dist.actor import WorkerReplica
-from vlcache_dist.assembly import build_prefill
+from vlcache_dist.prefill_workers.build import build_prefill
 
 
 @serve.deployment(name="prefill_workers")

@@ -15,12 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 from vlcache_dist import wire
 from vlcache_dist.engine.api import Compute, Reuse
-from vlcache_dist.engine.engine import Engine, new_variant
+from vlcache_dist.engine.bridge import OnEngine
+from vlcache_dist.engine.engine import new_variant
 from vlcache_dist.errors import BadRequest, CacheError, DeadlineExceeded, Overloaded, VLCacheError, WorkerLost
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
@@ -29,7 +29,6 @@ from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.types import ContentKey, KVSource, MediaSpan, ObjectKind, ReuseMode
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 ENCODE_ATTEMPTS = 3
 MIN_PATIENCE_S = 0.5  #: with less time left than twice this, a request computes rather than waits
 
@@ -42,7 +41,7 @@ class SpanResolver:
         self,
         node: Node,
         production: LocalProduction,
-        on_engine: Callable[[Callable[[Engine], T]], Awaitable[T]],
+        on_engine: OnEngine,
         encoders: Callable[[ContentKey], Sequence[str]],
         message: wire.Prefill,
         deadline: float,

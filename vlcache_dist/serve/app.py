@@ -16,12 +16,13 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from vlcache_dist.actor import directory_of
-from vlcache_dist.assembly import Site, build_frontend
+from vlcache_dist.assembly import Site
 from vlcache_dist.cache_directory.actor import ensure_directory
 from vlcache_dist.config import Settings
 from vlcache_dist.decode_workers.actor import DecodeReplica
 from vlcache_dist.encoder_workers.actor import EncoderReplica
 from vlcache_dist.prefill_workers.actor import PrefillReplica
+from vlcache_dist.serve.build import build_frontend
 from vlcache_dist.serve.http import create_app
 
 log = logging.getLogger(__name__)

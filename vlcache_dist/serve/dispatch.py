@@ -35,7 +35,9 @@ class Dispatcher:
                 return member
         raise WorkerLost(f"{worker_id} is gone")
 
-    def choose_prefill(self, demand: Demand, pin: str | None, exclude: Iterable[WorkerId]) -> tuple[wire.Member, Choice]:
+    def choose_prefill(
+        self, demand: Demand, pin: str | None, exclude: Iterable[WorkerId]
+    ) -> tuple[wire.Member, Choice]:
         """Raises WorkerLost if nobody is left, BadRequest for an unknown ``pin``."""
         members = self.workers(Role.PREFILL, Role.COLOCATED)
         candidates = [

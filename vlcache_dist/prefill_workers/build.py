@@ -1,0 +1,15 @@
+"""A prefill worker from settings; not started yet."""
+
+from __future__ import annotations
+
+from vlcache_dist.assembly import Model, Site, TransportFactory, make_engine, make_node, nixl_transport
+from vlcache_dist.config import Settings
+from vlcache_dist.prefill_workers.worker import PrefillWorker
+from vlcache_dist.types import Role
+
+
+def build_prefill(settings: Settings, site: Site, transport: TransportFactory = nixl_transport) -> PrefillWorker:
+    """The language model, paged KV and a store for image KV."""
+    model = Model.open(settings)
+    node = make_node(settings, site, Role.PREFILL, model, transport)
+    return PrefillWorker(node, make_engine(settings, model, node))
