@@ -296,6 +296,7 @@ class _Batch:
         try:
             return self._find_source(request, index)
         except StoreFull:
+            self._llm.engine.relieve()
             if not self._llm.engine.has_work():
                 raise
             return None

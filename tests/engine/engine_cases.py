@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,7 @@ from vlcache_dist.engine.api import (
 )
 from vlcache_dist.engine.engine import Engine, EngineConfig, new_variant
 from vlcache_dist.engine.runner import Runner
+from vlcache_dist.errors import StoreFull
 from vlcache_dist.kv.arena import Arena, allocate_pages
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.kv.object_store import Extent, ObjectStore
@@ -111,7 +113,7 @@ class World:
         self.embeddings: dict[bytes, torch.Tensor] = {}
         self.results: dict[str, Result] = {}
         self.generations: dict[str, Generation] = {}
-        self.num_encoded = 0
+        self.num_store_full = 0
         self.now = 0.0
         self._ids = itertools.count()
         self._recording: set[bytes] = set()
@@ -188,10 +190,7 @@ class World:
         return self.results[generation.request_id]
 
     def drive(self) -> None:
-        while True:
-            progressed = self.resolve()
-            if not progressed and not self.engine.has_work():
-                return
+        while self.resolve() or self.engine.has_work():
             self.step()
 
     def drive_some(self, steps: int) -> None:
@@ -216,6 +215,14 @@ class World:
 
     def source(self, request_id: str, index: int) -> Compute | Reuse | None:
         """What the library would give; None: wait."""
+        try:
+            return self._source(request_id, index)
+        except StoreFull:
+            self.num_store_full += 1
+            self.engine.relieve()
+            return None
+
+    def _source(self, request_id: str, index: int) -> Compute | Reuse | None:
         generation = self.generations[request_id]
         span = generation.spans[index]
         if generation.reuse is ReuseMode.OFF:
@@ -225,15 +232,15 @@ class World:
                 return self.reuse(span, kv, generation.plan)
             if span.key in self._recording:
                 return None
-        record = None
+        embedding, record = self.embedding(span), None
         if span.key not in self._recording and self.engine.recordable(request_id, index):
-            record = self.begin_record(span)
-            self._recording.add(span.key)
-        return Compute(self.embedding(span), record)
+            with suppress(StoreFull):  # then it is computed and not recorded
+                record = self.begin_record(span)
+                self._recording.add(span.key)
+        return Compute(embedding, record)
 
     def embedding(self, span: MediaSpan) -> Extent:
         """Encoder output in a staging extent of its own: NaN again as soon as the engine lets go of it, see below."""
-        self.num_encoded += 1
         extent = self.store.stage(self.layout.embedding_elements(span.length), self.now)
         self.arena.embedding_view(extent, span.length).copy_(self.embeddings[span.key])
         return self.store.commit(extent, pin=True)
@@ -247,7 +254,11 @@ class World:
 
     def reuse(self, span: MediaSpan, kv: Extent, plan: str) -> Reuse:
         depths = Plan.parse(plan).depths(span.length, self.layout.num_layers)
-        return Reuse(kv, depths, self.embedding(span) if depths.any() else None)
+        try:
+            return Reuse(kv, depths, self.embedding(span) if depths.any() else None)
+        except StoreFull:
+            self.store.unpin(kv)
+            raise
 
     def _note(self, event: Event) -> None:
         result = self.results.setdefault(event.request_id, Result())

@@ -166,6 +166,11 @@ class Engine:
             return
         self._take_source(sequence, span_index, source)
 
+    def relieve(self) -> None:
+        """The store is full: let the next step also compute the few rows that wait for the source behind them, because
+        their own sources' extents become free with that. No ``has_work`` after it means that there are none."""
+        self._scheduler.hold_back = False
+
     def abort(self, request_id: str, now: float) -> bool:
         """Forget a request in any state, parked included, and free all it held. False if there is no such request.
         Records under way are dropped; their ``RecordDropped`` events come with the next ``step``."""
@@ -183,6 +188,7 @@ class Engine:
         EngineError when several passes in a row have failed: the device must be taken for broken."""
         self._admit(now)
         work = self._scheduler.schedule()
+        self._scheduler.hold_back = True
         if work:
             self._run(work, now)
         events, self._events = self._events, []

@@ -34,6 +34,7 @@ class Scheduler:
         self.max_running = max_running
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.hold_back = True  #: let few rows wait for the source that is missing behind them
 
     def next_waiting(self) -> Sequence | None:
         """The request to admit next, None if there is none or no place."""
@@ -67,6 +68,6 @@ class Scheduler:
         for sequence in self.running:
             if sequence.prefilling and (chunk := sequence.chunk(budget)) is not None:
                 rows = sequence.active_rows(chunk)
-                if rows >= WORTHWHILE_ROWS or not sequence.stops_short(chunk):
+                if not self.hold_back or rows >= WORTHWHILE_ROWS or not sequence.stops_short(chunk):
                     budget -= rows
                     yield sequence, chunk
