@@ -11,62 +11,12 @@ from typing import Any
 
 from vlcache_dist.demo.pictures import Picture, draw
 
-WORDS = [
-    "the",
-    "river",
-    "house",
-    "garden",
-    "window",
-    "letter",
-    "music",
-    "winter",
-    "summer",
-    "morning",
-    "story",
-    "teacher",
-    "doctor",
-    "farmer",
-    "sailor",
-    "child",
-    "friend",
-    "street",
-    "bridge",
-    "forest",
-    "island",
-    "valley",
-    "table",
-    "lamp",
-    "book",
-    "paper",
-    "bottle",
-    "door",
-    "wall",
-    "apple",
-    "coffee",
-    "water",
-    "stone",
-    "silver",
-    "walks",
-    "finds",
-    "keeps",
-    "brings",
-    "opens",
-    "builds",
-    "reads",
-    "writes",
-    "leaves",
-    "old",
-    "young",
-    "small",
-    "quiet",
-    "bright",
-    "heavy",
-    "warm",
-    "early",
-    "slow",
-    "near",
-    "under",
-]
+WORDS = (  # noqa: SIM905
+    "the river house garden window letter music winter summer morning story teacher doctor farmer sailor "
+    "child friend street bridge forest island valley table lamp book paper bottle door wall apple coffee "
+    "water stone silver walks finds keeps brings opens builds reads writes leaves old young small quiet "
+    "bright heavy warm early slow near under "
+).split()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,9 @@ LOGICAL_CPUS = 16  #: of a cluster started here: actors ask for none, Serve's ow
 def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], None] = log.info) -> Iterator[str]:
     """The application, from ready to gone: yields its base URL (``http://host:port``).
 
-    Starts a Ray cluster on this machine unless ``settings.serve.address`` names one. Whatever happens inside, SIGINT and
-    SIGTERM included, everything that was started here is stopped; a cluster that was joined keeps running without the
-    application. Raises WorkerLost if the pools are not ready in time, ConfigError if the port is taken.
+    Starts a Ray cluster on this machine unless ``settings.serve.address`` names one. Whatever happens inside, SIGINT
+    and SIGTERM included, everything that was started here is stopped; a cluster that was joined keeps running without
+    the application. Raises WorkerLost if the pools are not ready in time, ConfigError if the port is taken.
     """
     own = settings.serve
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -88,11 +88,8 @@ def _stop(settings: Settings) -> None:
     if not ray.is_initialized():
         return
     try:
-        if own.address is not None:
-            serve.delete(own.app_name)
-            shutdown_directory(own.app_name, own.directory_shards)
-        else:
-            serve.shutdown()
+        serve.delete(own.app_name)
+        shutdown_directory(own.app_name, own.directory_shards)
     finally:
         ray.shutdown()
 

@@ -87,7 +87,8 @@ def expected_ttft(candidate: Candidate, demand: Demand, costs: Costs) -> tuple[f
             if first and not span.encoded:
                 encode += span.tokens * costs.encode_token_s
     total = queue + fetch + encode + compute
-    why = f"queue {queue * 1e3:.1f} + fetch {fetch * 1e3:.1f} + encode {encode * 1e3:.1f} + compute {compute * 1e3:.1f} ms"
+    parts = {"queue": queue, "fetch": fetch, "encode": encode, "compute": compute}
+    why = " + ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in parts.items()) + " ms"
     return total, why
 
 
