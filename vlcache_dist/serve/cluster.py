@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -35,10 +36,11 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
     """
     own = settings.serve
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _terminate_as_interrupt():
+    with _terminate_as_interrupt() as again:
         try:
             say("starting Ray" if own.address is None else f"joining Ray at {own.address}")
             port = _start_ray(settings)
+            again()  # Ray has put a handler of its own in place, which aborts the process after 3 s
             say(f"starting {own.encoders} encoder, {own.prefills} prefill and {own.decodes} decode workers")
             serve.start(http_options={"host": own.host, "port": port}, logging_config={"enable_access_log": False})
             serve.run(build(settings.model_dump(mode="json")), name=own.app_name, blocking=False)
@@ -111,19 +113,22 @@ def _is_free(host: str, port: int) -> bool:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does."""
+def _terminate_as_interrupt() -> Iterator[Callable[[], None]]:
+    """SIGTERM unwinds the stack as Ctrl-C does; yields a function that takes the signal over once more."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread: the caller has its own way to stop
-        yield
+    if threading.current_thread() is not threading.main_thread():  # the caller has its own way to stop
+        yield lambda: None
         return
+
+    def again() -> None:
+        signal.signal(signal.SIGTERM, interrupt)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        yield again
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -131,12 +136,11 @@ def _terminate_as_interrupt() -> Iterator[None]:
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """A second Ctrl-C must not leave half of the cluster behind."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
-    except ValueError:
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:
         yield
     finally:
