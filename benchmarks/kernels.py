@@ -198,6 +198,8 @@ def vision(bench: Bench, patches: int) -> None:
     scale = VISION_DIM**-0.5
     heads = [x[:, 0].float() for x in (q, k, v)]
     want = torch.softmax(heads[0][:64] @ heads[1].T * scale, -1) @ heads[2]
+    qw, kw, vw = (x.float().view(-1, 64, VISION_HEADS, VISION_DIM).transpose(1, 2) for x in (q, k, v))
+    small = F.scaled_dot_product_attention(qw, kw, vw).transpose(1, 2).reshape(patches, VISION_HEADS, VISION_DIM)
     tera = 4 * patches**2 * VISION_HEADS * VISION_DIM / 1e12
     moved = 4 * patches * VISION_HEADS * VISION_DIM * 2 / 1e9
     for backend in _backends(VISION_DIM):
@@ -205,8 +207,9 @@ def vision(bench: Bench, patches: int) -> None:
         error = _error(backend.varlen_attention(q, k, v, whole, patches, scale, False)[:64, 0], want)
         us = graph_us([lambda b=backend: b.varlen_attention(q, k, v, whole, patches, scale, False)], 10)  # type: ignore[misc]
         bench.add("varlen_attention", f"whole image, {patches} patches", us, tera=tera, error=error, **shown)
+        error = _error(backend.varlen_attention(q, k, v, windows, 64, scale, False), small)
         us = graph_us([lambda b=backend: b.varlen_attention(q, k, v, windows, 64, scale, False)] * 4)  # type: ignore[misc]
-        bench.add("varlen_attention", f"windows, {patches} patches", us, gigabytes=moved, **shown)
+        bench.add("varlen_attention", f"windows, {patches} patches", us, gigabytes=moved, error=error, **shown)
     angle = torch.rand(patches, VISION_DIM // 2, device="cuda")
     cos, sin = angle.cos(), angle.sin()
     both = qkv.view(patches, 3 * VISION_HEADS, VISION_DIM)[:, : 2 * VISION_HEADS]

@@ -37,13 +37,16 @@ def make(name, where):
 
 
 every_backend = pytest.mark.parametrize(("name", "where"), _params())
-cutlass_noise = pytest.mark.filterwarnings("ignore:Argument .* cannot be converted:UserWarning")
+cutlass_noise = pytest.mark.filterwarnings(
+    "ignore:Argument .* cannot be converted:UserWarning", "ignore::DeprecationWarning"
+)
 CASES = {
     "one query": [(1, 300)],
     "decode": [(1, 50), (1, 257), (1, 1), (1, 700)],
     "from the start": [(300, 300)],
     "segments": [(5, 50), (130, 400), (1, 33), (17, 17)],
     "many": [(600, 1000), (1, 999)],
+    "padding": [(130, 400), (1, 20), (0, 0), (0, 5)],
 }
 
 

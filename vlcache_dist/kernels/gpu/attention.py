@@ -29,14 +29,10 @@ _NO_KEYS = tl.constexpr(-1.0e30)  # a finite "minus infinity" for running maxima
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    (
-        """How the kernel is launched. ``splits`` None: chosen from the grid; ``tma``: keys by the bulk copy engine
+    """How the kernel is launched. ``splits`` None: chosen from the grid; ``tma``: keys by the bulk copy engine
     (needs pages that are a multiple of block_n, and a head_dim that is a power of two). ``pdl``: programmatic dependent
-    launch, by which a program starts, looks up its pages and prefetches its first ``prefetch`` of them into L2 while
-    the previous kernel of the stream still runs (0 unless pages are of block_n tokens). ``per_sm``: programs that a
-    multiprocessor holds at once."""
-        ""
-    )
+    launch, by which a program starts and looks up its pages while the previous kernel of the stream still runs.
+    ``per_sm``: programs that a multiprocessor holds at once."""
 
     block_m: int
     block_n: int
@@ -46,19 +42,6 @@ class AttentionConfig:
     pdl: bool
     splits: int | None = None
     per_sm: int = 2
-    prefetch: int = 0
-
-
-_PIECE = tl.constexpr(512)  # bytes that one thread prefetches
-
-
-@triton.jit
-def _prefetch_l2(pointer):
-    """Ask for _PIECE bytes from each address. L2 is where writes meet: what is written later is not stale."""
-    address = pointer.to(tl.int64, bitcast=True)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;", "=r,l", [address], tl.int32, False, 1
-    )
 
 
 @triton.jit
@@ -120,12 +103,12 @@ def _tile(
 
 @triton.jit(do_not_specialize=["num_segments", "num_rows", "table_stride"])
 def _segment_kernel(
-    q_ptr, k_src, v_src, out_ptr, part_ptr, lse_ptr, cu_ptr, kv_len_ptr, table_ptr, k_ptr, v_ptr,
+    q_ptr, k_src, v_src, out_ptr, part_ptr, lse_ptr, cu_ptr, kv_len_ptr, table_ptr,
     num_segments, num_rows, q_stride, table_stride, kv_row, scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr, ONE_TILE: tl.constexpr,
     SPLITS: tl.constexpr, MIN_BLOCKS: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     RATIO: tl.constexpr = HEADS // KV_HEADS
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles see the most keys: they start first
@@ -173,15 +156,6 @@ def _segment_kernel(
     page = 0
     if PAGED and BLOCK_SIZE % BLOCK_N == 0:
         page = tl.load(table + lo // BLOCK_SIZE, mask=lo < hi, other=0)
-    if PREFETCH > 0:  # a page of BLOCK_N tokens holds all KV heads: each head's program asks for its share of the bytes
-        SHARE: tl.constexpr = BLOCK_SIZE * D
-        STEP: tl.constexpr = _PIECE * 8 // k_ptr.dtype.element_ty.primitive_bitwidth
-        piece = kv_head * SHARE + tl.arange(0, SHARE // STEP) * STEP
-        for i in tl.static_range(PREFETCH):
-            ahead = lo + i * BLOCK_N
-            block = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < hi, other=0).to(tl.int64)
-            _prefetch_l2(k_ptr + block * BLOCK_SIZE * kv_row + piece)
-            _prefetch_l2(v_ptr + block * BLOCK_SIZE * kv_row + piece)
     if PDL:  # lengths and block tables are older than the previous kernel; queries and keys are not
         gdc_wait()
 
@@ -251,7 +225,7 @@ def default_config(dtype: torch.dtype, head_dim: int, rows: int, block_size: int
     if dtype == torch.float32:
         return AttentionConfig(16 if few else 64, 32, 4, 2, False, False)
     if few and hopper and block_size % 128 == 0 and head_dim == 128:
-        return AttentionConfig(16, 128, 4, 3, True, True, None, 1, 4 if block_size == 128 else 0)
+        return AttentionConfig(16, 128, 4, 3, True, True, per_sm=1)
     tma = hopper and head_dim >= 16 and head_dim & (head_dim - 1) == 0 and block_size > 0 and block_size % 64 == 0
     return AttentionConfig(16 if few else 64, 64, 4, 3 if hopper else 2, tma, hopper)
 
@@ -307,13 +281,12 @@ def _launch(
     block_d = max(16, triton.next_power_of_2(dim))
     launch: dict[str, Any] = {"launch_pdl": True} if c.pdl else {}
     _segment_kernel[(tiles, kv_heads, splits)](
-        q, k_src, v_src, out, part, lse, cu, kv_len, table, k, v,
+        q, k_src, v_src, out, part, lse, cu, kv_len, table,
         segments, num_rows, q.stride(0), table.stride(0), k.stride(1) if paged else k.stride(0), scale * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, D=dim, BLOCK_D=block_d, BLOCK_SIZE=max(1, block_size),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, SEGMENTS=1 if one_tile else triton.next_power_of_2(segments),
         ONE_TILE=one_tile, SPLITS=splits, MIN_BLOCKS=min_blocks, CAUSAL=causal, PAGED=paged, TMA=c.tma,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PDL=c.pdl,
-        PREFETCH=c.prefetch if c.pdl and paged else 0,
         num_warps=c.warps, num_stages=c.stages, **launch,
     )  # fmt: skip
     if splits > 1:

@@ -24,11 +24,36 @@ def halves(head_dim: int) -> tuple[int, int] | None:
     return first, second
 
 
+@triton.jit
+def _blocks(
+    acc1, acc2, m, l, q1, q2, k1_desc, k2_desc, v1_desc, v2_desc, row0, column, lo, hi, length, scale_log2,
+    MASKED: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offset = tl.arange(0, BLOCK_N)
+    for start in tl.range(lo, hi, BLOCK_N):
+        row = row0 + start
+        s = tl.dot(q1, tl.trans(k1_desc.load([row, column])))
+        if D2 > 0:
+            s = tl.dot(q2, tl.trans(k2_desc.load([row, column + D1])), s)
+        if MASKED:
+            s = tl.where((start + offset < length)[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, 1)
+        p = p.to(q1.dtype)
+        acc1 = tl.dot(p, v1_desc.load([row, column]), acc1 * alpha[:, None])
+        if D2 > 0:
+            acc2 = tl.dot(p, v2_desc.load([row, column + D1]), acc2 * alpha[:, None])
+        m = m_new
+    return acc1, acc2, m, l
+
+
 @triton.jit(do_not_specialize=["num_sequences"])
 def _packed_kernel(
     q_ptr, k1_desc, k2_desc, v1_desc, v2_desc, out_ptr, cu_ptr, num_sequences, q_stride, scale_log2,
     HEADS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SEQUENCES: tl.constexpr, ONE_TILE: tl.constexpr,
+    SEQUENCES: tl.constexpr, ONE_TILE: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, heads); sequence s starts at tile ``cu[s] // BLOCK_M + s``."""
     D: tl.constexpr = D1 + D2
@@ -61,22 +86,17 @@ def _packed_kernel(
         acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
     m = tl.full([BLOCK_M], -1.0e30, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    offset = tl.arange(0, BLOCK_N)
-    for start in tl.range(0, length, BLOCK_N):
-        at = row0 + start
-        s = tl.dot(q1, tl.trans(k1_desc.load([at, head * D])))
-        if D2 > 0:
-            s = tl.dot(q2, tl.trans(k2_desc.load([at, head * D + D1])), s)
-        s = tl.where((start + offset < length)[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
-        p = tl.exp2(s * scale_log2 - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        l = l * alpha + tl.sum(p, 1)
-        p = p.to(q1.dtype)
-        acc1 = tl.dot(p, v1_desc.load([at, head * D]), acc1 * alpha[:, None])
-        if D2 > 0:
-            acc2 = tl.dot(p, v2_desc.load([at, head * D + D1]), acc2 * alpha[:, None])
-        m = m_new
+    clear = 0
+    if PEEL:
+        clear = length // BLOCK_N * BLOCK_N
+        acc1, acc2, m, l = _blocks(
+            acc1, acc2, m, l, q1, q2, k1_desc, k2_desc, v1_desc, v2_desc, row0, head * D, 0, clear, length, scale_log2,
+            False, D1, D2, BLOCK_N,
+        )  # fmt: skip
+    acc1, acc2, m, l = _blocks(
+        acc1, acc2, m, l, q1, q2, k1_desc, k2_desc, v1_desc, v2_desc, row0, head * D, clear, length, length, scale_log2,
+        True, D1, D2, BLOCK_N,
+    )  # fmt: skip
     out = (row0 + row).to(tl.int64)[:, None] * (HEADS * D) + head * D
     kind = out_ptr.dtype.element_ty
     tl.store(out_ptr + out + one, (acc1 / l[:, None]).to(kind), mask=live)
@@ -92,7 +112,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 def packed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, max_len: int, scale: float,
-    block_m: int, block_n: int, warps: int, stages: int,
+    block_m: int, block_n: int, warps: int, stages: int, peel: bool = True,
 ) -> torch.Tensor:  # fmt: skip
     """q, k, v [N, H, D] of a 16-bit dtype, ``halves(D)`` not None and H * D a multiple of 8; cu int32 [S+1]. Needs
     Hopper or later. Rows at or past cu[S] are left unwritten."""
@@ -115,7 +135,7 @@ def packed_attention(
     _packed_kernel[(tiles, heads)](
         q, source(k, first), source(k, second or first), source(v, first), source(v, second or first), out, cu,
         sequences, q.stride(0), scale * LOG2E, HEADS=heads, D1=first, D2=second, BLOCK_M=block_m, BLOCK_N=block_n,
-        SEQUENCES=1 if one_tile else triton.next_power_of_2(sequences), ONE_TILE=one_tile, num_warps=warps,
+        SEQUENCES=1 if one_tile else triton.next_power_of_2(sequences), ONE_TILE=one_tile, PEEL=peel, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
     return out

@@ -10,6 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from vlcache_dist.kernels.gpu.device import supports_pdl
 
 _HEAD_BLOCK = 8  # query heads per program
+_FUSED_ROWS = 2_048  # beyond this a launch costs nothing, and rotate alone is better shaped for bandwidth
 
 
 @triton.jit
@@ -153,6 +154,9 @@ def rotate_and_write(
     record_tokens: torch.Tensor, layer: int,
 ) -> torch.Tensor:  # fmt: skip
     """See ``kernels.kv_write.rotate_and_write_reference``."""
+    if k.shape[0] > _FUSED_ROWS:
+        write_kv(k, v, cos, sin, k_pages, v_pages, slots, arena, record_base, record_tokens, layer)
+        return rotate(q, cos, sin)
     out = _rotate_and_write(q, k, v, cos, sin, k_pages, v_pages, slots, arena, record_base, record_tokens, layer)
     assert out is not None
     return out
