@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -350,6 +351,7 @@ class Node(FrontNode):
         return wire.StatusReply(
             {
                 "worker_id": self.worker_id,
+                "pid": os.getpid(),
                 "healthy": self.healthy,
                 "draining": self._draining,
                 "device": str(self.arena.tensor.device),
