@@ -131,7 +131,12 @@ class Frontend:
         members = list(self.node.members())
 
         async def ask(member: wire.Member) -> dict[str, Any]:
-            about = {"name": member.info.name, "role": member.info.role.value, "load": msgspec.to_builtins(member.load)}
+            about = {
+                "name": member.info.name,
+                "worker_id": member.info.worker_id,
+                "role": member.info.role.value,
+                "load": msgspec.to_builtins(member.load),
+            }
             try:
                 reply = await self.node.client.call(member.info.address, wire.Status(), timeout_s=2.0)
                 assert isinstance(reply, wire.StatusReply)
