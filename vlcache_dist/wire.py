@@ -211,6 +211,7 @@ class HelloReply(Message, frozen=True):
 
 class Acquire(Message, frozen=True):
     """Lease an object for reading. ``variant`` None: any. ``checksum``: the reader wants to verify what it read.
+    ``prefix``: only so many bytes of the object's start will be read, and the checksum is of those (0: all).
     Errors: ObjectGone, LayoutMismatch."""
 
     reader: WorkerId
@@ -220,11 +221,12 @@ class Acquire(Message, frozen=True):
     variant: Variant | None = None
     ttl_s: float = 10.0
     checksum: bool = False
+    prefix: int = 0
 
 
 class Lease(Message, frozen=True):
     """``offset`` and ``nbytes`` in the holder's arena. The object neither moves nor changes while the lease lives.
-    ``checksum``: 16-byte BLAKE3 of the bytes, where the holder keeps one."""
+    ``checksum``: 16-byte BLAKE3 of the bytes that will be read, where the reader asked for it."""
 
     lease_id: int
     generation: int

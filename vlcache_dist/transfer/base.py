@@ -42,6 +42,17 @@ class Piece(msgspec.Struct, frozen=True):
     nbytes: int
 
 
+def check_pieces(pieces: Sequence[Piece], local_nbytes: int, remote_nbytes: int) -> None:
+    """Raises ValueError unless there are pieces and each is a range inside both arenas."""
+    if not pieces:
+        raise ValueError("a READ of nothing")
+    for piece in pieces:
+        if piece.nbytes < 1 or min(piece.remote_offset, piece.local_offset) < 0:
+            raise ValueError(f"{piece} is no range")
+        if piece.local_offset + piece.nbytes > local_nbytes or piece.remote_offset + piece.nbytes > remote_nbytes:
+            raise ValueError(f"{piece} leaves an arena of {local_nbytes} bytes here, {remote_nbytes} there")
+
+
 class Transfer(Protocol):
     """A READ under way. ``future`` resolves to None, or raises TransferTimeout / TransferFailed."""
 
@@ -70,4 +81,10 @@ class Transport(Protocol):
         """Start reading. ``deadline_s`` is a duration from now. Raises ValueError for a piece outside an arena."""
         ...
 
-    def close(self) -> None: ...
+    def attend(self, seconds: float) -> None:
+        """Peers are about to read from here: for so long, give them more of the CPU than an idle transport does."""
+        ...
+
+    def close(self) -> None:
+        """Transfers under way fail; afterwards nothing writes into the arena. Idempotent."""
+        ...

@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ import torch
 from vlcache_dist import wire
 from vlcache_dist.errors import (
     ChecksumMismatch,
+    LayoutMismatch,
     LeaseLost,
     ObjectGone,
     ProtocolError,
@@ -33,31 +35,46 @@ from vlcache_dist.errors import (
 )
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.kv.object_store import Extent, ObjectStore
-from vlcache_dist.transfer.base import PeerInfo, Piece, Transfer, Transport
+from vlcache_dist.transfer.base import PeerInfo, Piece, Transport
 from vlcache_dist.transfer.checksum import checksum
+from vlcache_dist.transfer.reader import ExtentReader
 from vlcache_dist.types import ContentKey, ObjectKind, WorkerId
 
 log = logging.getLogger(__name__)
 
-QUARANTINE_POLL_S = 0.05
+LEASE_SHARE = 0.9  #: of a lease's time, counted from when it was asked for, in which a READ must end
 
 
 CallPeer = Callable[..., Awaitable[wire.Message]]  #: (address, message, *, timeout_s): ``RpcClient.call`` in production
+OnGroup = Callable[[Extent, int, int], None]  #: (extent, layer_start, layer_stop): those layers have arrived
 
 
 @dataclass(frozen=True, slots=True)
 class FetchLimits:
     """``transfer_s``, the reader's own deadline, must be shorter than ``lease_s``. ``control_s``: one small call.
-    ``verify_across_hosts``: checksum what comes from another host."""
+    ``verify_across_hosts``: checksum what comes from another host; ``verify_on_host``: and from this one.
+    ``group_bytes``: the least that a group of layers is worth reading by itself."""
 
     lease_s: float = 10.0
     transfer_s: float = 5.0
     control_s: float = 2.0
     verify_across_hosts: bool = True
+    verify_on_host: bool = False
+    group_bytes: int = 16 << 20
 
     def __post_init__(self) -> None:
         if self.transfer_s >= self.lease_s:
             raise ValueError(f"a READ of up to {self.transfer_s} s outlasts a lease of {self.lease_s} s")
+        if self.group_bytes < 1:
+            raise ValueError(f"groups of {self.group_bytes} bytes")
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A fetch that several callers wait for. The object it brings stays pinned until the last has left."""
+
+    task: asyncio.Task[Extent]
+    waiting: int = 0
 
 
 class Fetcher:
@@ -71,6 +88,8 @@ class Fetcher:
         transport: Transport,
         call: CallPeer,
         limits: FetchLimits,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._arena = arena
@@ -78,9 +97,10 @@ class Fetcher:
         self._transport = transport
         self._call = call
         self._limits = limits
+        self._clock = clock
+        self._reader = ExtentReader(store, transport, clock)
         self._peers: dict[WorkerId, PeerInfo] = {}
-        self._under_way: dict[tuple[ObjectKind, ContentKey, bytes], asyncio.Future[None]] = {}
-        self._watching: set[asyncio.Task[None]] = set()
+        self._flights: dict[tuple[ObjectKind, ContentKey, bytes, bool], _Flight] = {}
         self.bytes_read = 0
         self.reads = 0
         self.failures: dict[str, int] = {}
@@ -95,49 +115,65 @@ class Fetcher:
         prefix: int | None = None,
         exact_variant: bool = False,
         meta: Any = None,
+        on_group: OnGroup | None = None,
     ) -> Extent:
         """The holder's object in the own store, committed and pinned once for the caller.
 
-        ``elements``: its whole size. ``prefix``: only so many leading elements, in a staging extent (committed, pinned).
-        ``exact_variant``: no other variant will do. Raises CacheError, WorkerLost or DeadlineExceeded.
+        ``elements``: its whole size. ``prefix``: only so many leading elements, in a staging extent (committed,
+        pinned). ``exact_variant``: no other variant will do.
+
+        ``on_group`` (KV only): called on the way, group by group in order of layers, so that computing on the first
+        ones can start. What it is told is *not admitted yet*: results count only if this call returns, and the extent
+        may be read by the caller's kernels until this call returns or raises, and after that only if it returned. A
+        caller that joins another's fetch hears of all layers at once. Raises CacheError, WorkerLost, DeadlineExceeded or ProtocolError.
         """
+        if on_group is not None and kind is not ObjectKind.KV:
+            raise ValueError(f"{kind} objects have no layers")
         if prefix is not None and prefix < elements:
-            return await self._counted(self._read(holder, kind, key, elements, prefix, exact_variant, meta))
-        name = (kind, key, holder.variant)
-        while (ahead := self._under_way.get(name)) is not None:
-            await asyncio.shield(ahead)
-            if (found := self._store.lookup(kind, key, holder.variant, pin=True)) is not None:
-                return found
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._under_way[name] = done
+            if on_group is not None:
+                raise ValueError("a prefix has no layers")
+            return await self._counted(self._fetch(holder, kind, key, elements, prefix, exact_variant, meta, None))
+        name = (kind, key, holder.variant, exact_variant)
+        flight = self._flights.get(name)
+        leads = flight is None
+        if flight is None:
+            task = asyncio.create_task(
+                self._counted(self._fetch(holder, kind, key, elements, None, exact_variant, meta, on_group))
+            )
+            task.add_done_callback(_retrieve)
+            flight = self._flights[name] = _Flight(task)
+        flight.waiting += 1
         try:
-            return await self._counted(self._read(holder, kind, key, elements, None, exact_variant, meta))
+            extent = await asyncio.shield(flight.task)
+            self._store.pin(extent)
         finally:
-            del self._under_way[name]
-            done.set_result(None)
+            flight.waiting -= 1
+            if (flight.task.done() or not flight.waiting) and self._flights.get(name) is flight:
+                del self._flights[name]
+            if not flight.waiting:
+                self._end(flight)
+        if on_group is not None and not leads:
+            on_group(extent, 0, self._layout.num_layers)
+        return extent
 
     async def fetch_staging(self, worker_id: WorkerId, address: str, lease: wire.Lease) -> Extent:
         """Read a staging extent that its holder leased for this worker, into one of the own store that is still
         FILLING: the caller's to abort once it is unpacked. The lease stays the holder's to end. Raises as ``fetch``."""
-        peer = await self._connect(worker_id, address)
-        elements = lease.nbytes // self._layout.itemsize
-        extent = self._store.stage(elements, time.monotonic(), transfer=True)
-        await self._counted(self._transfer(peer, extent, lease.offset, lease.nbytes, lease.ttl_s))
-        return extent
+        return await self._counted(self._fetch_staging(worker_id, address, lease))
 
     async def introduce(self, worker_id: WorkerId, address: str, nbytes: int) -> float:
-        """Shake hands with a peer and read ``nbytes`` of its arena, whatever they hold, so that the first real READ finds
-        the way made. Returns bytes/s of a second, equal READ. Raises as ``fetch``."""
+        """Shake hands with a peer and read ``nbytes`` of its arena, whatever they hold, so that the first real READ
+        finds the way made. Returns bytes/s of a second, equal READ. Raises as ``fetch``."""
         peer = await self._connect(worker_id, address)
-        nbytes = min(nbytes, peer.nbytes) // self._layout.itemsize * self._layout.itemsize
+        elements = min(nbytes, peer.nbytes) // self._layout.itemsize
         seconds = 0.0
         for _ in range(2):
-            extent = self._store.stage(nbytes // self._layout.itemsize, time.monotonic(), transfer=True)
-            started = time.monotonic()
-            await self._transfer(peer, extent, 0, nbytes, self._limits.lease_s)
-            seconds = time.monotonic() - started
+            extent = self._store.stage(elements, self._clock(), transfer=True)
+            started = self._clock()
+            await self._read(peer, extent, 0, started + self._limits.transfer_s)
+            seconds = self._clock() - started
             self._store.abort(extent)
-        return nbytes / max(seconds, 1e-9)
+        return elements * self._layout.itemsize / max(seconds, 1e-9)
 
     def forget_peer(self, worker_id: WorkerId) -> None:
         """A worker is gone: the next fetch from that id shakes hands anew."""
@@ -146,13 +182,16 @@ class Fetcher:
             self._transport.disconnect(peer.agent)
 
     async def close(self) -> None:
-        for task in self._watching:
+        """End what is under way; callers that still wait see CancelledError."""
+        tasks = [flight.task for flight in self._flights.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._watching, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._reader.close()
 
     # -- one object ---------------------------------------------------------------------------------------------
 
-    async def _read(
+    async def _fetch(
         self,
         holder: wire.Holder,
         kind: ObjectKind,
@@ -161,9 +200,12 @@ class Fetcher:
         prefix: int | None,
         exact_variant: bool,
         meta: Any,
+        on_group: OnGroup | None,
     ) -> Extent:
         peer = await self._connect(holder.worker_id, holder.address)
-        verify = self._limits.verify_across_hosts and peer.host != self._transport.info.host and prefix is None
+        itemsize = self._layout.itemsize
+        verify = self._must_verify(peer)
+        asked_at = self._clock()
         acquire = wire.Acquire(
             reader=self._transport.info.worker_id,
             key=key,
@@ -172,62 +214,95 @@ class Fetcher:
             variant=holder.variant if exact_variant else None,
             ttl_s=self._limits.lease_s,
             checksum=verify,
+            prefix=0 if prefix is None else prefix * itemsize,
         )
         lease = await self._ask(holder.address, acquire, wire.Lease)
-        valid = False
         try:
-            expected = elements * self._layout.itemsize
-            if lease.nbytes != expected:
-                raise ProtocolError(f"{holder.worker_id} has {lease.nbytes} bytes of {key.hex()[:16]}, not {expected}")
-            if prefix is None:
-                extent = self._store.begin(
-                    kind, key, lease.variant, elements, time.monotonic(), transfer=True, meta=meta
+            if lease.nbytes != elements * itemsize:
+                raise LayoutMismatch(
+                    f"{key.hex()[:16]} has {lease.nbytes} bytes at {holder.worker_id}, {elements * itemsize} here"
                 )
-                nbytes = expected
+            if exact_variant and lease.variant != holder.variant:
+                raise ObjectGone(f"{holder.worker_id} has another variant of {key.hex()[:16]}")
+            if prefix is None:
+                extent = self._store.begin(kind, key, lease.variant, elements, self._clock(), transfer=True, meta=meta)
             else:
-                extent = self._store.stage(prefix, time.monotonic(), transfer=True)
-                nbytes = prefix * self._layout.itemsize
-            await self._transfer(peer, extent, lease.offset, nbytes, lease.ttl_s)
+                extent = self._store.stage(prefix, self._clock(), transfer=True)
+            deadline = min(self._clock() + self._limits.transfer_s, asked_at + lease.ttl_s * LEASE_SHARE)
+            await self._read(peer, extent, lease.offset, deadline, on_group)
         except BaseException:
-            self._spawn(self._let_go(holder.address, lease))
+            self._reader.spawn(self._let_go(holder.address, lease))
             raise
         try:
-            valid = (await self._ask(holder.address, wire.Release(lease.lease_id, lease.generation), wire.Released)).valid
-            if not valid:
+            released = await self._ask(holder.address, wire.Release(lease.lease_id, lease.generation), wire.Released)
+            if not released.valid:
                 raise LeaseLost(f"the lease on {key.hex()[:16]} at {holder.worker_id} ended while it was read")
             if verify:
-                await self._verify(extent, lease, holder)
+                await self._verify(extent, lease.checksum, holder.worker_id)
         except BaseException:
             self._store.abort(extent)
             raise
-        return self._store.commit(extent, pin=True)
+        whole = verify and prefix is None
+        return self._store.commit(extent, pin=True, checksum=lease.checksum if whole else None)
 
-    async def _transfer(self, peer: PeerInfo, extent: Extent, offset: int, nbytes: int, ttl_s: float) -> None:
-        """READ into ``extent``; if it fails, the extent is aborted or quarantined before this raises."""
-        deadline = min(self._limits.transfer_s, ttl_s * 0.5)
-        piece = Piece(offset, extent.offset * self._layout.itemsize, nbytes)
+    async def _fetch_staging(self, worker_id: WorkerId, address: str, lease: wire.Lease) -> Extent:
+        peer = await self._connect(worker_id, address)
+        extent = self._store.stage(lease.nbytes // self._layout.itemsize, self._clock(), transfer=True)
+        await self._read(peer, extent, lease.offset, self._clock() + self._limits.transfer_s)
         try:
-            transfer = self._transport.read(peer, [piece], deadline)
+            # How much of the lease's time was gone when it came here is not known: its holder must say that it held.
+            renew = wire.Renew(lease.lease_id, lease.generation, self._limits.control_s)
+            await self._ask(address, renew, wire.Lease)
+            if lease.checksum is not None:
+                await self._verify(extent, lease.checksum, worker_id)
         except BaseException:
             self._store.abort(extent)
             raise
+        return extent
+
+    async def _read(
+        self, peer: PeerInfo, extent: Extent, offset: int, deadline: float, on_group: OnGroup | None = None
+    ) -> None:
+        """READ all of ``extent`` from byte ``offset`` of the peer's arena; if it fails, the extent is gone."""
+        itemsize = self._layout.itemsize
+        groups: list[tuple[int, int]] = []
+        ranges = [(0, extent.elements)]
+        if on_group is not None:
+            groups = self._groups(extent)
+            num_tokens = extent.elements // self._layout.kv_token
+            ranges = [self._layout.layer_range(num_tokens, start, stop) for start, stop in groups]
+        pieces = [
+            Piece(offset + start * itemsize, (extent.offset + start) * itemsize, length * itemsize)
+            for start, length in ranges
+        ]
+
+        def landed(index: int) -> None:
+            if on_group is not None:
+                on_group(extent, *groups[index])
+
         try:
-            await asyncio.wrap_future(transfer.future)
-        except BaseException as error:
-            if transfer.terminal:
-                self._store.abort(extent)
-            else:
-                self._quarantine(extent, transfer)
-            if isinstance(error, TransferFailed | TransferTimeout):
-                self._peers.pop(peer.worker_id, None)
+            await self._reader.read(peer, extent, pieces, deadline, landed)
+        except (TransferFailed, TransferTimeout):
+            self._peers.pop(peer.worker_id, None)
             raise
-        self.bytes_read += nbytes
+        self.bytes_read += extent.elements * itemsize
         self.reads += 1
 
-    async def _verify(self, extent: Extent, lease: wire.Lease, holder: wire.Holder) -> None:
+    def _groups(self, extent: Extent) -> list[tuple[int, int]]:
+        """Layers of a KV extent in runs of at least ``group_bytes``, as equal as they can be."""
+        layers = self._layout.num_layers
+        count = max(1, min(layers, extent.elements * self._layout.itemsize // self._limits.group_bytes))
+        edges = [layers * i // count for i in range(count + 1)]
+        return list(pairwise(edges))
+
+    def _must_verify(self, peer: PeerInfo) -> bool:
+        same_host = peer.host == self._transport.info.host
+        return self._limits.verify_on_host if same_host else self._limits.verify_across_hosts
+
+    async def _verify(self, extent: Extent, expected: bytes | None, worker_id: WorkerId) -> None:
         offset, nbytes = extent.offset * self._layout.itemsize, extent.elements * self._layout.itemsize
-        if lease.checksum != await asyncio.to_thread(checksum, self._arena, offset, nbytes):
-            raise ChecksumMismatch(f"{nbytes} bytes of {extent.key.hex()[:16]} from {holder.worker_id} arrived damaged")
+        if expected != await asyncio.to_thread(checksum, self._arena, offset, nbytes):
+            raise ChecksumMismatch(f"{nbytes} bytes of {extent.key.hex()[:16]} from {worker_id} arrived damaged")
 
     # -- peers --------------------------------------------------------------------------------------------------
 
@@ -254,25 +329,22 @@ class Fetcher:
         except VLCacheError as error:
             log.info("a lease at %s is left to expire: %s", address, error)
 
-    async def _counted(self, work: Awaitable[Any]) -> Any:
+    async def _counted(self, work: Awaitable[Extent]) -> Extent:
         try:
             return await work
         except VLCacheError as error:
             self.failures[error.code] = self.failures.get(error.code, 0) + 1
             raise
 
-    # -- destinations that may still be written -----------------------------------------------------------------
+    def _end(self, flight: _Flight) -> None:
+        """Nobody waits any more: drop the flight's own pin, or the fetch."""
+        if not flight.task.done():
+            flight.task.cancel()
+        elif not flight.task.cancelled() and flight.task.exception() is None:
+            self._store.unpin(flight.task.result())
 
-    def _quarantine(self, extent: Extent, transfer: Transfer) -> None:
-        self._store.quarantine(extent)
-        self._spawn(self._watch(extent, transfer))
 
-    async def _watch(self, extent: Extent, transfer: Transfer) -> None:
-        while not transfer.terminal:
-            await asyncio.sleep(QUARANTINE_POLL_S)
-        self._store.release_quarantine(extent)
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._watching.add(task)
-        task.add_done_callback(self._watching.discard)
+def _retrieve(task: asyncio.Task[Extent]) -> None:
+    """A fetch that failed after its callers were gone has nobody else to hear of it."""
+    if not task.cancelled():
+        task.exception()
