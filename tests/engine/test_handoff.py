@@ -123,15 +123,33 @@ def test_a_prefix_hit_still_knows_its_objects() -> None:
     assert not shipped(export) & set(range(span.start, span.end))
 
 
-def test_an_evicted_object_makes_its_rows_travel() -> None:
+@pytest.mark.parametrize("another_variant", [False, True])
+def test_an_evicted_object_makes_its_rows_travel(another_variant: bool) -> None:
     source, target = pair()
     text = source.text(9)
     source.ask([text, "a", text])
     source.store.clear()
+    if another_variant:
+        record = source.begin_record(source.generation(["a", 1]).spans[0])
+        source.store.commit(record)
     generation = source.generation([text, "a", text, 5], max_tokens=4)
     export, _ = hand_over(source, target, generation)
     assert export.spans == ()
     assert shipped(export) == set(range(len(generation.token_ids)))
+
+
+def test_blocks_forget_what_they_were_copied_from() -> None:
+    """A picture is computed in blocks that held its recorded KV before: its rows are no longer the object's."""
+    source, target = pair(num_blocks=8)
+    first = source.generation([6, "a", 3], max_tokens=2)
+    source.run(first, mode=Mode.PREFILL)
+    blocks = set(source.engine._sequences[first.request_id].blocks)
+    source.engine.release(first.request_id)
+    source.engine.pool.drop_contents()
+    second = source.generation([6, "a", 3], plan="full", max_tokens=2)
+    export, _ = hand_over(source, target, second)
+    assert len(blocks) * 2 > 8  # so that some of them are used again
+    assert export.spans == ()
 
 
 def test_objects_of_a_parked_request_cannot_be_evicted() -> None:

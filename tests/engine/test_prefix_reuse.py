@@ -6,6 +6,7 @@ import pytest
 import torch
 from engine_cases import Part, Result, World
 
+from vlcache_dist.engine.api import Mode
 from vlcache_dist.types import KVSource
 
 BLOCK = 4
@@ -76,6 +77,18 @@ def test_approx_hits_both_kinds_and_stays_tainted() -> None:
     assert world.engine.stats().approx_hit_tokens > 0
     assert world.engine.stats().exact_hit_tokens > 0
     world.assert_idle()
+
+
+@pytest.mark.parametrize("plan", ["none", "full"])
+def test_blocks_are_named_by_the_variant_that_is_reused(plan: str) -> None:
+    world = World(10, block_size=BLOCK)
+    world.picture("a")
+    (recorded,) = world.ask([5, "a", 2]).recorded
+    generation = world.generation([6, "a", 3, "a", 2], plan=plan, max_tokens=2)
+    world.run(generation, mode=Mode.PREFILL)
+    chain = world.engine._sequences[generation.request_id].chain
+    reused = None if plan == "full" else recorded.extent.variant
+    assert chain.variants == (reused, reused)
 
 
 def test_another_plan_does_not_hit_tainted_blocks() -> None:
