@@ -189,7 +189,8 @@ def test_a_killed_worker_is_replaced_and_answers_stay_right(server: Server, name
         try:
             reply = server.ask(text("A river.\n"), image(PICTURE.png()), text(FACT.question))
         except openai.InternalServerError as error:
-            assert error.status_code == 503, "the only decode worker is gone: nothing else may be wrong"
+            if error.status_code != 503:  # the only decode worker is gone: nothing else may be wrong
+                raise
             return False
         assert reply.choices[0].message.content == FACT.answer
         return True
