@@ -53,7 +53,7 @@ def _blocks(
 def _packed_kernel(
     q_ptr, k1_desc, k2_desc, v1_desc, v2_desc, out_ptr, cu_ptr, num_sequences, q_stride, scale_log2,
     HEADS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SEQUENCES: tl.constexpr, ONE_TILE: tl.constexpr, PEEL: tl.constexpr,
+    SEQUENCES: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, heads); sequence s starts at tile ``cu[s] // BLOCK_M + s``."""
     D: tl.constexpr = D1 + D2
@@ -86,13 +86,11 @@ def _packed_kernel(
         acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
     m = tl.full([BLOCK_M], -1.0e30, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    clear = 0
-    if PEEL:
-        clear = length // BLOCK_N * BLOCK_N
-        acc1, acc2, m, l = _blocks(
-            acc1, acc2, m, l, q1, q2, k1_desc, k2_desc, v1_desc, v2_desc, row0, head * D, 0, clear, length, scale_log2,
-            False, D1, D2, BLOCK_N,
-        )  # fmt: skip
+    clear = length // BLOCK_N * BLOCK_N
+    acc1, acc2, m, l = _blocks(
+        acc1, acc2, m, l, q1, q2, k1_desc, k2_desc, v1_desc, v2_desc, row0, head * D, 0, clear, length, scale_log2,
+        False, D1, D2, BLOCK_N,
+    )  # fmt: skip
     acc1, acc2, m, l = _blocks(
         acc1, acc2, m, l, q1, q2, k1_desc, k2_desc, v1_desc, v2_desc, row0, head * D, clear, length, length, scale_log2,
         True, D1, D2, BLOCK_N,
@@ -112,10 +110,11 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 def packed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, max_len: int, scale: float,
-    block_m: int, block_n: int, warps: int, stages: int, peel: bool = True,
+    block_m: int, block_n: int, warps: int, stages: int,
 ) -> torch.Tensor:  # fmt: skip
     """q, k, v [N, H, D] of a 16-bit dtype, ``halves(D)`` not None and H * D a multiple of 8; cu int32 [S+1]. Needs
-    Hopper or later. Rows at or past cu[S] are left unwritten."""
+    Hopper or later. ``stages`` is at least 2: with 1 the code that Triton 3.6 makes faults. Rows at or past cu[S] are
+    left unwritten."""
     rows, heads, dim = q.shape
     parts = halves(dim)
     if parts is None or k.shape != q.shape:
@@ -135,7 +134,7 @@ def packed_attention(
     _packed_kernel[(tiles, heads)](
         q, source(k, first), source(k, second or first), source(v, first), source(v, second or first), out, cu,
         sequences, q.stride(0), scale * LOG2E, HEADS=heads, D1=first, D2=second, BLOCK_M=block_m, BLOCK_N=block_n,
-        SEQUENCES=1 if one_tile else triton.next_power_of_2(sequences), ONE_TILE=one_tile, PEEL=peel, num_warps=warps,
+        SEQUENCES=1 if one_tile else triton.next_power_of_2(sequences), ONE_TILE=one_tile, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
     return out
