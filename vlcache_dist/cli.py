@@ -29,7 +29,7 @@ def serve(
     port: Annotated[int, typer.Option(help="0: a free port")] = 8000,
     encoders: Annotated[int, typer.Option(min=1, help="vision-encoder workers")] = 1,
     prefills: Annotated[int, typer.Option(min=1, help="prefill workers")] = 2,
-    decodes: Annotated[int, typer.Option(min=1, help="decode workers")] = 1,
+    decodes: Annotated[int, typer.Option(min=0, help="decode workers; 0: prefill workers decode as well")] = 1,
     address: Annotated[str | None, typer.Option(help="join this Ray cluster instead of starting one")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",

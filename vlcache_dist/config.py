@@ -101,7 +101,7 @@ class ServeSettings(_Section):
     address: str | None = Field(default=None, description="a running Ray cluster; None: start one on this machine")
     encoders: int = Field(default=1, ge=1)
     prefills: int = Field(default=2, ge=1)
-    decodes: int = Field(default=1, ge=1)
+    decodes: int = Field(default=1, ge=0, description="0: the prefill workers decode as well (colocated)")
     ingresses: int = Field(default=1, ge=1, description="HTTP replicas")
     gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each worker")
     directory_shards: int = Field(default=1, ge=1)

@@ -348,7 +348,8 @@ class Handoff(msgspec.Struct, frozen=True):
 
 
 class Prefill(Message, frozen=True):
-    """Compute a prompt's KV and its first token. Streams one ``Prefilled``."""
+    """Compute a prompt's KV and its first token. Streams one ``Prefilled``; a colocated worker
+    goes on with ``Tokens``."""
 
     generation: Generation
     source: MediaSource
@@ -356,6 +357,8 @@ class Prefill(Message, frozen=True):
 
 
 class Prefilled(Message, frozen=True):
+    """``queue_ms``: until the request was admitted. ``compute_ms``: from there to the first token, fetches included."""
+
     token_id: int
     logprobs: TokenLogprobs | None
     finish: FinishReason | None  #: set if the first token already ends the answer (then there is no handoff)

@@ -1,7 +1,7 @@
 """The decode worker: takes over prefilled sequences and batches them continuously until their last token.
 
 An image's KV comes from the own store if it is there, else once from the prefill worker; only text KV and recomputed
-rows travel for every request. Plain Python over a ``Node`` and an ``Engine``; the Ray actor around it is in ``actor.py``.
+rows travel for every request. Plain Python over a ``Node`` and an ``Engine``; the Ray actor is in ``actor.py``.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from vlcache_dist import wire
-from vlcache_dist.engine.api import Admitted, Event, Import, Mode, TokenEvent
-from vlcache_dist.engine.bridge import EngineBridge
+from vlcache_dist.engine.api import Admitted, Import, Mode
+from vlcache_dist.engine.bridge import EngineBridge, next_tokens
 from vlcache_dist.engine.engine import Engine
 from vlcache_dist.engine.warmup import warm_up
 from vlcache_dist.errors import EngineError, TransferFailed, VLCacheError
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
 from vlcache_dist.rpc import Call
-from vlcache_dist.types import FinishReason, ObjectKind, TokenLogprobs
+from vlcache_dist.types import ObjectKind
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +83,9 @@ class DecodeWorker:
             kv, moved, images = await self._take(message)
             taken = True
             self._release_ticket(message.handoff)
-            await self._bridge.call(
-                lambda engine: engine.import_sequence(request_id, message.first_token, kv, time.monotonic())
-            )
+            await self._bridge.call(lambda engine: engine.import_sequence(request_id, message.first_token, kv))
             while not finished:
-                tokens = await self._tokens(queue, deadline)
+                tokens = await next_tokens(queue, deadline)
                 finished = tokens.finish is not None
                 yield msgspec.structs.replace(tokens, bytes_moved=moved, images_moved=images)
                 moved = images = 0
@@ -95,7 +93,7 @@ class DecodeWorker:
             if not taken:
                 self._release_ticket(message.handoff)
             if not finished:
-                await self._bridge.call(lambda engine: engine.abort(request_id, time.monotonic()))
+                await self._bridge.call(lambda engine: engine.abort(request_id))
             self._bridge.shut(request_id)
 
     async def _take(self, message: wire.Decode) -> tuple[Import, int, int]:
@@ -108,7 +106,11 @@ class DecodeWorker:
             for span in handoff.spans:
                 extent = store.lookup(ObjectKind.KV, span.key, span.variant, pin=True)
                 if extent is None:
-                    nbytes = message.generation.spans[span.index].length * self.node.layout.kv_token * self.node.layout.itemsize
+                    nbytes = (
+                        message.generation.spans[span.index].length
+                        * self.node.layout.kv_token
+                        * self.node.layout.itemsize
+                    )
                     holder = wire.Holder(handoff.worker_id, handoff.address, span.variant, nbytes)
                     media = message.generation.spans[span.index]
                     extent = await self.node.fetch(holder, ObjectKind.KV, media, exact_variant=True)
@@ -128,22 +130,6 @@ class DecodeWorker:
         self._handoff_bytes += moved
         return Import(handoff.num_tokens, handoff.rows, objects, staging), moved, images
 
-    @staticmethod
-    async def _tokens(queue: asyncio.Queue[Event], deadline: float) -> wire.Tokens:
-        """All tokens that are there now, at least one."""
-        ids: list[int] = []
-        logprobs: list[TokenLogprobs] = []
-        finish: FinishReason | None = None
-        while finish is None and (not ids or not queue.empty()):
-            event = await EngineBridge.next_event(queue, deadline)
-            if not isinstance(event, TokenEvent):
-                raise EngineError(f"{type(event).__name__} while decoding")
-            ids.append(event.token_id)
-            if event.logprobs is not None:
-                logprobs.append(event.logprobs)
-            finish = event.finish
-        return wire.Tokens(tuple(ids), tuple(logprobs), finish)
-
     def _release_ticket(self, handoff: wire.Handoff) -> None:
         """Tell the prefill worker, without waiting for it; if the word is lost, the ticket expires there."""
 
@@ -151,6 +137,11 @@ class DecodeWorker:
             try:
                 await self.node.client.call(handoff.address, wire.ReleaseHandoff(handoff.ticket), timeout_s=5.0)
             except VLCacheError as error:
-                log.warning("the prefill worker %s did not hear that %s is released: %s", handoff.worker_id, handoff.ticket, error)
+                log.warning(
+                    "the prefill worker %s did not hear that %s is released: %s",
+                    handoff.worker_id,
+                    handoff.ticket,
+                    error,
+                )
 
         self.node.spawn(release())

@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
-from vlcache_dist.engine.api import Event, Failed
+from vlcache_dist.engine.api import Event, Failed, TokenEvent
 from vlcache_dist.engine.driver import EngineDriver
 from vlcache_dist.engine.engine import Engine
-from vlcache_dist.errors import DeadlineExceeded, WorkerLost
+from vlcache_dist.errors import DeadlineExceeded, EngineError, WorkerLost
+from vlcache_dist.types import FinishReason, TokenLogprobs
+from vlcache_dist.wire import Tokens
 
 T = TypeVar("T")
 
@@ -95,3 +97,19 @@ class EngineBridge:
                 queue.put_nowait(Failed(request_id, lost))
 
         self._loop.call_soon_threadsafe(tell)
+
+
+async def next_tokens(queue: asyncio.Queue[Event], deadline: float) -> Tokens:
+    """All tokens of a decoding request that are there now, at least one. Raises as ``EngineBridge.next_event``."""
+    ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    finish: FinishReason | None = None
+    while finish is None and (not ids or not queue.empty()):
+        event = await EngineBridge.next_event(queue, deadline)
+        if not isinstance(event, TokenEvent):
+            raise EngineError(f"{type(event).__name__} while decoding")
+        ids.append(event.token_id)
+        if event.logprobs is not None:
+            logprobs.append(event.logprobs)
+        finish = event.finish
+    return Tokens(tuple(ids), tuple(logprobs), finish)

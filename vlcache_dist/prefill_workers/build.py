@@ -9,7 +9,8 @@ from vlcache_dist.types import Role
 
 
 def build_prefill(settings: Settings, site: Site, transport: TransportFactory = nixl_transport) -> PrefillWorker:
-    """The language model, paged KV and a store for image KV."""
+    """The language model, paged KV and a store for image KV; without a decode pool, a worker that decodes as well."""
     model = Model.open(settings)
-    node = make_node(settings, site, Role.PREFILL, model, transport)
+    role = Role.PREFILL if settings.serve.decodes else Role.COLOCATED
+    node = make_node(settings, site, role, model, transport)
     return PrefillWorker(node, make_engine(settings, model, node))

@@ -2,7 +2,7 @@
 
 ::
 
-    own store ─> a holder elsewhere (lease, READ, validate) ─> compute: claim the key (single flight), record and announce
+    own store ─> a holder elsewhere (lease, READ, validate) ─> claim the key (single flight), compute, record, announce
                                                               └─ somebody else computes it: wait, then start over
 
 Whatever fails falls one rung down, KV -> encoder output -> encoding again, and never to a wrong answer. A request

@@ -1,4 +1,5 @@
-"""The prefill worker: prompts in, first tokens out, KV parked until a decode worker has taken it.
+"""The prefill worker: prompts in, first tokens out, KV parked until a decode worker has taken it. In the colocated
+role it decodes as well: prefill and decode share one engine and its pages, and nothing is handed over.
 
 Plain Python over a ``Node`` and an ``Engine``; the Ray actor around it is in ``actor.py``.
 """
@@ -15,7 +16,7 @@ import msgspec
 
 from vlcache_dist import wire
 from vlcache_dist.engine.api import Admitted, Event, Mode, PrefillDone, RecordDropped, SpanRecorded, TokenEvent
-from vlcache_dist.engine.bridge import EngineBridge
+from vlcache_dist.engine.bridge import EngineBridge, next_tokens
 from vlcache_dist.engine.engine import Engine
 from vlcache_dist.engine.warmup import warm_up
 from vlcache_dist.errors import EngineError
@@ -23,10 +24,11 @@ from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.production import LocalProduction
 from vlcache_dist.prefill_workers.resolver import SpanResolver
 from vlcache_dist.rpc import Call
-from vlcache_dist.types import ObjectKind, ReuseMode
+from vlcache_dist.types import ObjectKind, ReuseMode, Role
 
 log = logging.getLogger(__name__)
-SPEED_WINDOW = 0.2  #: weight of the latest prefill in the reported tokens/s
+SPEED_WEIGHT = 0.3  #: of the latest measurement in the reported tokens/s
+MEASURE_S = 0.05  #: engine time that a measurement covers at least
 
 
 @dataclass(slots=True)
@@ -48,7 +50,8 @@ class PrefillWorker:
         self._production = LocalProduction()
         self._resolvers: dict[str, SpanResolver] = {}
         self._parked: dict[str, _Parked] = {}
-        self._tokens_per_s = 0.0
+        self._tokens_per_s = 0.0  # active tokens per second of engine time
+        self._measured = (0, 0.0)  # rows and seconds that the figure above includes
         node.handle(wire.Prefill, self.prefill)
         node.handle(wire.ReleaseHandoff, self.release_handoff)
         node.on_load(self.load)
@@ -67,6 +70,11 @@ class PrefillWorker:
 
     def load(self) -> wire.WorkerLoad:
         stats = self.engine.stats()
+        rows, busy_s = stats.layer_rows[0], self._bridge.busy_s
+        if busy_s - self._measured[1] > MEASURE_S:
+            speed = (rows - self._measured[0]) / (busy_s - self._measured[1])
+            self._tokens_per_s += (speed - self._tokens_per_s) * (SPEED_WEIGHT if self._tokens_per_s else 1.0)
+            self._measured = (rows, busy_s)
         return wire.WorkerLoad(
             running=stats.running,
             waiting=stats.waiting,
@@ -85,22 +93,29 @@ class PrefillWorker:
             "tokens_per_s": self._tokens_per_s,
         }
 
-    async def prefill(self, message: wire.Prefill, call: Call) -> AsyncIterator[wire.Prefilled]:
+    async def prefill(self, message: wire.Prefill, call: Call) -> AsyncIterator[wire.Prefilled | wire.Tokens]:
         """Handler of ``wire.Prefill``. Leaving it early (cancel, deadline, error) frees everything it held."""
         generation = message.generation
         request_id = generation.request_id
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + message.timeout_s
+        started = loop.time()
+        deadline = started + message.timeout_s
         resolver = SpanResolver(
-            self.node, self._production, self._bridge.call, self.node.encoders, message, time.monotonic() + message.timeout_s
+            self.node,
+            self._production,
+            self._bridge.call,
+            self.node.encoders,
+            message,
+            time.monotonic() + message.timeout_s,
         )
         queue = self._bridge.open(request_id)
         self._resolvers[request_id] = resolver
         resolving: asyncio.Task[None] | None = None
         done: PrefillDone | None = None
         finished = False
+        mode = Mode.GENERATE if self.node.role is Role.COLOCATED else Mode.PREFILL
         try:
-            await self._bridge.call(lambda engine: engine.add(generation, time.monotonic(), Mode.PREFILL))
+            await self._bridge.call(lambda engine: engine.add(generation, time.monotonic(), mode))
             while True:
                 event = await self._next(queue, deadline, resolving)
                 if isinstance(event, Admitted):
@@ -112,12 +127,16 @@ class PrefillWorker:
                 elif isinstance(event, TokenEvent):
                     if done is None:
                         raise EngineError("a token came before its prefill was done")
-                    self._measure(done)
+                    took_s = loop.time() - started
                     handoff = None
-                    if event.finish is None:
+                    if event.finish is None and mode is Mode.PREFILL:
                         handoff = await self._park(request_id, deadline)
-                    finished = True
-                    yield self._prefilled(event, done, handoff)
+                    finished = handoff is not None or event.finish is not None
+                    yield self._prefilled(event, done, handoff, took_s)
+                    while not finished:
+                        tokens = await next_tokens(queue, deadline)
+                        finished = tokens.finish is not None
+                        yield tokens
                     return
         finally:
             if resolving is not None:
@@ -128,7 +147,7 @@ class PrefillWorker:
                 self._discard_private(generation)
             if not finished:
                 self._parked.pop(request_id, None)
-                await self._bridge.call(lambda engine: engine.abort(request_id, time.monotonic()))
+                await self._bridge.call(lambda engine: engine.abort(request_id))
             self._bridge.shut(request_id)
             del self._resolvers[request_id]
 
@@ -192,7 +211,8 @@ class PrefillWorker:
             if extent is not None:
                 self.node.store.discard(extent)
 
-    def _prefilled(self, token: TokenEvent, done: PrefillDone, handoff: wire.Handoff | None) -> wire.Prefilled:
+    @staticmethod
+    def _prefilled(token: TokenEvent, done: PrefillDone, handoff: wire.Handoff | None, took_s: float) -> wire.Prefilled:
         return wire.Prefilled(
             token_id=token.token_id,
             logprobs=token.logprobs,
@@ -201,7 +221,7 @@ class PrefillWorker:
             cached_tokens=done.cached_tokens,
             handoff=handoff,
             queue_ms=done.queue_s * 1e3,
-            compute_ms=done.compute_s * 1e3,
+            compute_ms=(took_s - done.queue_s) * 1e3,
         )
 
     def _settle(self, event: SpanRecorded | RecordDropped, resolver: SpanResolver | None) -> None:
@@ -218,11 +238,3 @@ class PrefillWorker:
         """Records that end after their request was closed."""
         if isinstance(event, SpanRecorded | RecordDropped):
             self._settle(event, self._resolvers.get(event.request_id))
-
-    def _measure(self, done: PrefillDone) -> None:
-        """Keep a running estimate of prefill speed, in active tokens per second of compute."""
-        rows = done.computed_rows / max(self.node.layout.num_layers, 1)
-        if done.compute_s > 0 and rows > 0:
-            speed = rows / done.compute_s
-            self._tokens_per_s += (speed - self._tokens_per_s) * (SPEED_WINDOW if self._tokens_per_s else 1.0)
-

@@ -84,6 +84,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=DRAIN_S,
     )
-    return ingress.bind(
-        plain, pool(EncoderReplica, own.encoders), pool(PrefillReplica, own.prefills), pool(DecodeReplica, own.decodes)
-    )
+    pools = [pool(EncoderReplica, own.encoders), pool(PrefillReplica, own.prefills)]
+    if own.decodes:
+        pools.append(pool(DecodeReplica, own.decodes))
+    return ingress.bind(plain, *pools)

@@ -70,6 +70,8 @@ def _wait_until_ready(url: str, settings: Settings, ready_s: float, say: Callabl
     """Until every worker of every pool has joined the directory."""
     own = settings.serve
     wanted = {"encoder": own.encoders, "prefill": own.prefills, "decode": own.decodes}
+    if not own.decodes:
+        wanted = {"encoder": own.encoders, "colocated": own.prefills}
     deadline = time.monotonic() + ready_s
     seen: dict[str, int] = {}
     while time.monotonic() < deadline:

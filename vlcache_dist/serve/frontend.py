@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,9 +97,7 @@ class Frontend:
         self._fetcher = MediaFetcher(settings.media)
         self._media: dict[str, list[MediaItem]] = {}
         self._dispatch = Dispatcher(node.members, costs or Costs())
-        self._default_plan = str(
-            resolve_plan(settings.engine.plan, model=layout.model, num_layers=layout.num_layers)
-        )
+        self._default_plan = str(resolve_plan(settings.engine.plan, model=layout.model, num_layers=layout.num_layers))
         node.handle(wire.GetMedia, self._get_media)
 
     @property
@@ -119,12 +117,12 @@ class Frontend:
 
     async def health(self) -> dict[str, Any]:
         """Living workers by role. Raises WorkerLost while a pool is empty."""
-        counts = {role.value: len(self._dispatch.workers(role)) for role in Role}
-        colocated = counts[Role.COLOCATED]
-        missing = [r.value for r in (Role.ENCODER, Role.PREFILL, Role.DECODE) if not counts[r] and not (colocated and r is not Role.ENCODER)]
+        counts = {role: len(self._dispatch.workers(role)) for role in Role}
+        needed = {Role.ENCODER} if counts[Role.COLOCATED] else {Role.ENCODER, Role.PREFILL, Role.DECODE}
+        missing = [role.value for role in Role if role in needed and not counts[role]]
         if missing:
             raise WorkerLost(f"no {', '.join(missing)} worker is alive")
-        return {"workers": {role: count for role, count in counts.items() if count}}
+        return {"workers": {role.value: count for role, count in counts.items() if count}}
 
     async def status(self) -> dict[str, Any]:
         """What every worker says of itself."""
@@ -229,11 +227,16 @@ class Frontend:
         while answer.finish is None:
             handoff: wire.Handoff | None = None
             try:
-                prefilled = await self._prefill(answer)
-                handoff = prefilled.handoff
-                answer.generated.append(prefilled.token_id)
-                answer.finish = prefilled.finish
-                yield prefilled.token_id, prefilled.logprobs
+                async with aclosing(self._prefill(answer)) as replies:
+                    async for reply in replies:
+                        if isinstance(reply, wire.Prefilled):
+                            handoff = reply.handoff
+                            answer.generated.append(reply.token_id)
+                            answer.finish = reply.finish
+                            yield reply.token_id, reply.logprobs
+                        else:
+                            for token in self._take(answer, reply):
+                                yield token
                 if handoff is None:
                     continue
                 async with aclosing(self._decode(answer, handoff)) as tokens:
@@ -243,31 +246,50 @@ class Frontend:
             except (WorkerLost, CacheError) as error:
                 if answer.attempts >= MAX_ATTEMPTS:
                     raise WorkerLost(f"gave up after {answer.attempts} attempts: {error}") from error
-                log.warning("%s: %s; trying again behind %d tokens", answer.request.request_id, error, len(answer.generated))
+                known = len(answer.generated)
+                log.warning("%s: %s; trying again behind %d tokens", answer.request.request_id, error, known)
                 answer.attempts += 1
                 answer.remaining()
             finally:
                 if handoff is not None:
                     self.node.spawn(self._release(handoff))
 
-    async def _prefill(self, answer: _Answer) -> wire.Prefilled:
-        member, choice = self._dispatch.choose_prefill(
-            self._demand(answer), answer.request.prefill_worker, answer.lost
-        )
+    async def _prefill(self, answer: _Answer) -> AsyncGenerator[wire.Prefilled | wire.Tokens, None]:
+        """The first token; behind it, from a worker that decodes as well, the others."""
+        member, choice = self._dispatch.choose_prefill(self._demand(answer), answer.request.prefill_worker, answer.lost)
         answer.prefill_worker, answer.why = member.info.name, choice.why
         message = wire.Prefill(self._generation(answer), self._source(answer), answer.remaining())
         try:
-            with self._dispatch.prefilling(member.info.worker_id, choice.active_tokens):
-                async with self.node.client.stream(member.info.address, message, timeout_s=answer.remaining()) as replies:
+            with ExitStack() as counted:
+                counted.enter_context(self._dispatch.prefilling(member.info.worker_id, choice.active_tokens))
+                timeout_s = answer.remaining()
+                async with self.node.client.stream(member.info.address, message, timeout_s=timeout_s) as replies:
                     async for reply in replies:
-                        assert isinstance(reply, wire.Prefilled)
-                        if answer.first is None:
-                            answer.first, answer.ttft_s = reply, time.monotonic() - answer.started
-                        return reply
+                        assert isinstance(reply, wire.Prefilled | wire.Tokens)
+                        if isinstance(reply, wire.Prefilled):
+                            counted.close()
+                            if answer.first is None:
+                                answer.first, answer.ttft_s = reply, time.monotonic() - answer.started
+                            if member.info.role is Role.COLOCATED:
+                                answer.decode_worker = member.info.name
+                                counted.enter_context(self._dispatch.decoding(member.info.worker_id))
+                        yield reply
+                        if isinstance(reply, wire.Prefilled) and (reply.finish or reply.handoff):
+                            return
         except WorkerLost:
             answer.lost.append(member.info.worker_id)
             raise
-        raise ProtocolError(f"{member.info.worker_id} ended without a first token")
+        if answer.finish is None:
+            raise ProtocolError(f"{member.info.worker_id} ended without finishing")
+
+    @staticmethod
+    def _take(answer: _Answer, reply: wire.Tokens) -> list[tuple[int, TokenLogprobs | None]]:
+        """Book a piece of the answer."""
+        answer.handoff_bytes += reply.bytes_moved
+        answer.handoff_images += reply.images_moved
+        answer.generated += reply.token_ids
+        answer.finish = reply.finish
+        return list(zip(reply.token_ids, reply.logprobs or (None,) * len(reply.token_ids), strict=True))
 
     async def _decode(
         self, answer: _Answer, handoff: wire.Handoff
@@ -279,16 +301,12 @@ class Frontend:
         message = wire.Decode(generation, first, handoff, self._source(answer), answer.remaining())
         try:
             with self._dispatch.decoding(member.info.worker_id):
-                async with self.node.client.stream(member.info.address, message, timeout_s=answer.remaining()) as replies:
+                timeout_s = answer.remaining()
+                async with self.node.client.stream(member.info.address, message, timeout_s=timeout_s) as replies:
                     async for reply in replies:
                         assert isinstance(reply, wire.Tokens)
-                        answer.handoff_bytes += reply.bytes_moved
-                        answer.handoff_images += reply.images_moved
-                        logprobs = reply.logprobs or (None,) * len(reply.token_ids)
-                        for token_id, logprob in zip(reply.token_ids, logprobs, strict=True):
-                            answer.generated.append(token_id)
-                            yield token_id, logprob
-                        answer.finish = reply.finish
+                        for token in self._take(answer, reply):
+                            yield token
         except WorkerLost:
             answer.lost.append(member.info.worker_id)
             raise
