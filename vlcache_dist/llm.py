@@ -196,7 +196,7 @@ class LLM:
             batch.run()
         except BaseException:
             for request in requests:
-                self.engine.abort(request.generation.request_id, time.monotonic())
+                self.engine.abort(request.generation.request_id)
             self.engine.step(time.monotonic())
             raise
         return [self._output(request, started) for request in requests]
@@ -280,7 +280,7 @@ class _Batch:
         if request.text.stopped:
             request.finish = FinishReason.STOP
             if event.finish is None:
-                self._llm.engine.abort(event.request_id, time.monotonic())
+                self._llm.engine.abort(event.request_id)
 
     def _resolve(self) -> bool:
         """Give sources to all spans that can have one now; False if nothing changed."""

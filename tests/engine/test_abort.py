@@ -37,7 +37,7 @@ def test_abort_at_every_step(stage: int, mode: Mode) -> None:
         world.resolve()
         world.step()
         world.engine.validate()
-    here = world.engine.abort("victim", world.now)
+    here = world.engine.abort("victim")
     assert here == (not world.results["victim"].finish)
     world.engine.validate()
     world.results["victim"].unresolved = []
@@ -78,7 +78,7 @@ def test_abort_drops_the_record_and_somebody_else_can_make_it() -> None:
     world.step()
     world.resolve()
     assert world.results[waiting.request_id].unresolved == [0]  # it waits for the victim's record
-    world.engine.abort(victim.request_id, world.now)
+    world.engine.abort(victim.request_id)
     assert world.engine.has_work()  # the event must be told
     world.drive()
     assert [event.key for event in world.results[victim.request_id].dropped] == [world.key("a")]
@@ -122,7 +122,7 @@ def test_sources_given_before_admission() -> None:
         with pytest.raises(ValueError, match="already"):
             world.engine.provide(generation.request_id, 0, source)
     world.engine.validate()
-    world.engine.abort(queued[1].request_id, world.now)
+    world.engine.abort(queued[1].request_id)
     world.drive()
     for generation in (queued[0], queued[2]):
         assert world.results[generation.request_id].finish is FinishReason.LENGTH

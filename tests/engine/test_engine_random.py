@@ -65,7 +65,7 @@ class Traffic:
         alive = [r for r, result in self.world.results.items() if not result.finish]
         if alive:
             victim = self.random.choice(alive)
-            self.world.engine.abort(victim, self.world.now)
+            self.world.engine.abort(victim)
             self.world.results[victim].unresolved = []
             self.world.results[victim].finish = FinishReason.ABORT
 

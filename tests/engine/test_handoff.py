@@ -58,7 +58,7 @@ def hand_over(source: World, target: World, generation: Generation) -> tuple[Exp
     assert target.results[generation.request_id].admitted.needed == ()
     assert not target.engine.has_work()
     kv, moved = move(source, target, export, generation)
-    target.engine.import_sequence(generation.request_id, first.tokens[0], kv, target.now)
+    target.engine.import_sequence(generation.request_id, first.tokens[0], kv)
     for ours, theirs in zip(source.kv_of(generation.request_id), target.kv_of(generation.request_id), strict=True):
         assert torch.equal(ours, theirs)
     assert source.engine.release(generation.request_id)
@@ -173,7 +173,7 @@ def test_no_room_for_staging_leaves_the_request_parked() -> None:
     source.engine.validate()
     source.store.abort(hog)
     assert source.engine.export(generation.request_id, 0.0).staging is not None
-    assert source.engine.abort(generation.request_id, 0.0)
+    assert source.engine.abort(generation.request_id)
     source.assert_idle()
 
 
@@ -185,7 +185,7 @@ def test_imports_that_do_not_fit_are_refused_and_not_taken() -> None:
     target.add(generation, Mode.DECODE)
     kv, _ = move(source, target, export, generation)
     with pytest.raises(ValueError, match="does not wait"):
-        target.engine.import_sequence(generation.request_id, 1, kv, 0.0)
+        target.engine.import_sequence(generation.request_id, 1, kv)
     target.step()
     with pytest.raises(ValueError, match="import_sequence"):
         target.engine.provide(generation.request_id, 0, target.source(generation.request_id, 0))
@@ -201,10 +201,10 @@ def test_imports_that_do_not_fit_are_refused_and_not_taken() -> None:
     ]
     for wrong, message in bad:
         with pytest.raises(ValueError, match=message):
-            target.engine.import_sequence(generation.request_id, 1, wrong, 0.0)
-    target.engine.import_sequence(generation.request_id, 1, kv, 0.0)
+            target.engine.import_sequence(generation.request_id, 1, wrong)
+    target.engine.import_sequence(generation.request_id, 1, kv)
     with pytest.raises(ValueError, match="does not wait"):
-        target.engine.import_sequence(generation.request_id, 1, kv, 0.0)
+        target.engine.import_sequence(generation.request_id, 1, kv)
     target.drive()
     assert len(target.results[generation.request_id].tokens) == 2
 
@@ -216,8 +216,8 @@ def test_an_import_for_a_request_that_is_gone_is_given_back() -> None:
     kv, _ = move(source, target, source.engine.export(generation.request_id, 0.0), generation)
     target.add(generation, Mode.DECODE)
     target.step()
-    target.engine.abort(generation.request_id, 0.0)
-    target.engine.import_sequence(generation.request_id, 1, kv, 0.0)
+    target.engine.abort(generation.request_id)
+    target.engine.import_sequence(generation.request_id, 1, kv)
     target.assert_idle()
     source.engine.release(generation.request_id)
     source.assert_idle()

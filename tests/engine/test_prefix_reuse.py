@@ -148,7 +148,7 @@ def test_blocks_of_an_aborted_prompt_are_right() -> None:
     generation = world.generation([text, "a", 3], reuse="exact")
     world.add(generation)
     world.drive_some(2)
-    world.engine.abort(generation.request_id, world.now)
+    world.engine.abort(generation.request_id)
     world.step()
     hit = world.ask([text, "a", 3], reuse="exact")
     assert 0 < hit.admitted.cached_tokens <= 20

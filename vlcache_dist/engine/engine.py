@@ -154,9 +154,7 @@ class Engine:
         if sequence is None or not sequence.spans[span_index].needs_source:
             if sequence is not None and sequence.spans[span_index].source is not None:
                 raise ValueError(f"span {span_index} of {request_id} has its source already")
-            self._give_back(source)
-            if isinstance(source, Compute) and source.record is not None:
-                self._events.append(RecordDropped(request_id, span_index, source.record.key))
+            self._give_back(request_id, span_index, source)
             return
         self._check_source(sequence, span_index, source)
         if not sequence.blocks:
@@ -171,7 +169,7 @@ class Engine:
         their own sources' extents become free with that. No ``has_work`` after it means that there are none."""
         self._scheduler.hold_back = False
 
-    def abort(self, request_id: str, now: float) -> bool:
+    def abort(self, request_id: str) -> bool:
         """Forget a request in any state, parked included, and free all it held. False if there is no such request.
         Records under way are dropped; their ``RecordDropped`` events come with the next ``step``."""
         sequence = self._sequences.get(request_id)
@@ -212,7 +210,7 @@ class Engine:
                 if sequence.spans[index].needs_source:
                     self._take_source(sequence, index, early[index])
                 else:
-                    self._return_source(sequence, index, early[index])
+                    self._give_back(sequence.request_id, index, early[index])
             needed = tuple(i for i, state in enumerate(sequence.spans) if state.needs_source)
             if sequence.mode is Mode.DECODE:
                 needed = ()
@@ -328,7 +326,7 @@ class Engine:
         self._forget(sequence)
         return True
 
-    def import_sequence(self, request_id: str, first_token: int, kv: Import, now: float) -> None:
+    def import_sequence(self, request_id: str, first_token: int, kv: Import) -> None:
         """Fill an admitted DECODE request's pages and go on behind ``first_token``. Takes over ``kv``'s extents also if
         the request is gone; staging is freed on return. Raises ValueError (nothing is taken over) if the rows and
         objects do not cover the positions exactly, or the request does not wait for its KV."""
@@ -451,27 +449,21 @@ class Engine:
             if sequence.recordable(index):
                 state.record = source.record
             else:
-                self.store.abort(source.record)
-                self._events.append(RecordDropped(sequence.request_id, index, source.record.key))
+                self._abort_record(sequence.request_id, index, source.record)
         sequence.give_source(index, source)
         if isinstance(source, Reuse):
             for later, other in enumerate(sequence.spans):
                 if other.record is not None and not sequence.recordable(later):
                     self._drop_record(sequence, later)
 
-    def _return_source(self, sequence: Sequence, index: int, source: Compute | Reuse) -> None:
+    def _give_back(self, request_id: str, index: int, source: Compute | Reuse) -> None:
         """A source that is not needed."""
-        if isinstance(source, Compute) and source.record is not None:
-            self._events.append(RecordDropped(sequence.request_id, index, source.record.key))
-        self._give_back(source)
-
-    def _give_back(self, source: Compute | Reuse) -> None:
         if source.embedding is not None:
             self._let_go(source.embedding)
         if isinstance(source, Reuse):
             self._let_go(source.kv)
         elif source.record is not None:
-            self.store.abort(source.record)
+            self._abort_record(request_id, index, source.record)
 
     def _let_go(self, extent: Extent) -> None:
         self.store.unpin(extent)
@@ -488,8 +480,11 @@ class Engine:
     def _drop_record(self, sequence: Sequence, index: int) -> None:
         record = sequence.drop_record(index)
         if record is not None:
-            self.store.abort(record)
-            self._events.append(RecordDropped(sequence.request_id, index, record.key))
+            self._abort_record(sequence.request_id, index, record)
+
+    def _abort_record(self, request_id: str, index: int, record: Extent) -> None:
+        self.store.abort(record)
+        self._events.append(RecordDropped(request_id, index, record.key))
 
     def _trace(self, sequence: Sequence, state: SpanState, chunk: ChunkWork) -> None:
         """Remember which of the chunk's slots hold an object's rows unchanged."""
@@ -523,7 +518,7 @@ class Engine:
         if self._parked.pop(sequence.request_id, None) is None:
             self._scheduler.remove(sequence)
         for index, source in sequence.early.items():
-            self._return_source(sequence, index, source)
+            self._give_back(sequence.request_id, index, source)
         for index, state in enumerate(sequence.spans):
             self._drop_record(sequence, index)
             self._unhold(state, keep_kv=False)
