@@ -136,13 +136,14 @@ class Node(FrontNode):
         self._bandwidth: dict[WorkerId, float] = {}  # bytes/s, as probed when the peer appeared
         self._draining = False
         self._closed = False
-        for kind, handler in {
+        holder: dict[type[wire.Message], Callable[[Any], Awaitable[wire.Message]]] = {
             wire.Hello: self._holder.hello,
             wire.Acquire: self._holder.acquire,
             wire.Renew: self._holder.renew,
             wire.Release: self._holder.release,
             wire.Forget: self._holder.forget,
-        }.items():
+        }
+        for kind, handler in holder.items():
             super().handle(kind, _without_call(handler))
         super().handle(wire.Status, self._report)
         super().handle(wire.Drain, self._drain)
@@ -314,9 +315,7 @@ class Node(FrontNode):
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _entry(self, extent: Extent) -> wire.Entry:
-        return wire.Entry(
-            extent.key, extent.kind, extent.variant, extent.elements * self.layout.itemsize, extent.meta
-        )
+        return wire.Entry(extent.key, extent.kind, extent.variant, extent.elements * self.layout.itemsize, extent.meta)
 
     async def _housekeeping(self) -> None:
         """Expire leases, tell the directory what was evicted, meet new peers."""

@@ -63,9 +63,7 @@ class DirectoryClient:
         self._shards = list(await self._resolve())
         if self._info is not None:
             await asyncio.gather(*(self._register(shard) for shard in range(len(self._shards))))
-            self._tasks += [
-                asyncio.create_task(self._heartbeats(shard)) for shard in range(len(self._shards))
-            ]
+            self._tasks += [asyncio.create_task(self._heartbeats(shard)) for shard in range(len(self._shards))]
             self._tasks.append(asyncio.create_task(self._send_batches()))
         if self._watch:
             await self._poll_members()

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from vlcache_dist import wire
 from vlcache_dist.cache_directory.state import DirectoryState, Name
-from vlcache_dist.rpc import Call, RpcServer
+from vlcache_dist.rpc import Call, Handler, RpcServer
 
 
 class DirectoryServer:
@@ -21,7 +21,7 @@ class DirectoryServer:
         self._waiters: dict[Name, asyncio.Event] = {}
         self._timer: asyncio.Task[None] | None = None
         self.rpc = RpcServer(host)
-        for kind, handler in {
+        handlers: dict[type[wire.Message], Handler] = {
             wire.Register: self._register,
             wire.Unregister: self._unregister,
             wire.Heartbeat: self._heartbeat,
@@ -33,7 +33,8 @@ class DirectoryServer:
             wire.Unclaim: self._unclaim,
             wire.Await: self._await,
             wire.Status: self._status,
-        }.items():
+        }
+        for kind, handler in handlers.items():
             self.rpc.handle(kind, handler)
 
     async def start(self) -> str:

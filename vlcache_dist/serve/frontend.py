@@ -181,8 +181,8 @@ class Frontend:
         keys = [self._processor.content_key(item, salt, self._identity) for item in items]
         states = [wire.KeyState(key, None) for key in keys] if off else await self.node.lookup(keys)
         metas = [
-            state.meta or await asyncio.to_thread(self._processor.meta, item)
-            for state, item in zip(states, items, strict=True)
+            known.meta if known.meta is not None else await asyncio.to_thread(self._processor.meta, item)
+            for known, item in zip(states, items, strict=True)
         ]
         prompt = self._prompts.build(request.conversation, keys, metas)
         sampling = request.sampling_for(len(prompt.token_ids), self.max_model_len)
