@@ -58,12 +58,12 @@ def test_segments(make, where, segments, heads, kv_heads, generator):
     """Poison in unused slots is finite: that is all a backend may count on."""
     head_dim, dtype = (128, torch.bfloat16) if where == "cuda" else (16, torch.float32)
     built = make(head_dim, dtype)
-    block_size = backends.page_size(built, 16)
-    case = paged(segments, heads, kv_heads, head_dim, block_size, dtype, where, generator, poison=1e4, extra_rows=2)
-    got = built.segment_attention(*case.args())
-    want = case.want()
-    assert got.shape == case.q.shape and got.dtype == dtype
-    assert error(got[: len(want)], want) < TOLERANCE[dtype]
+    for block_size in {max(16, built.page_multiple), backends.page_size(built, 16)}:
+        case = paged(segments, heads, kv_heads, head_dim, block_size, dtype, where, generator, poison=1e4, extra_rows=2)
+        got = built.segment_attention(*case.args())
+        want = case.want()
+        assert got.shape == case.q.shape and got.dtype == dtype
+        assert error(got[: len(want)], want) < TOLERANCE[dtype]
 
 
 @cutlass_noise
@@ -135,8 +135,8 @@ def test_unknown_names_are_refused():
 
 
 class Recorder:
-    def __init__(self, name: str, page_multiple: int) -> None:
-        self.name, self.page_multiple = name, page_multiple
+    def __init__(self, name: str, page_multiple: int, page_best: int = 1) -> None:
+        self.name, self.page_multiple, self.page_best = name, page_multiple, page_best
         self.calls = 0
 
     def segment_attention(self, q, *_):
@@ -176,10 +176,11 @@ def test_auto_takes_windows_and_whole_images_apart(max_len, chosen):
 
 
 @pytest.mark.parametrize(
-    ("multiple", "wanted", "size"), [(1, 16, 16), (128, 16, 128), (256, 300, 512), (128, 256, 256)]
+    ("multiple", "best", "wanted", "size"),
+    [(1, 1, 16, 16), (1, 128, 16, 128), (128, 128, 200, 256), (256, 256, 300, 512), (256, 1, 256, 256)],
 )
-def test_page_size(multiple, wanted, size):
-    assert backends.page_size(Recorder("x", multiple), wanted) == size
+def test_page_size(multiple, best, wanted, size):
+    assert backends.page_size(Recorder("x", multiple, best), wanted) == size
 
 
 def test_public_functions_run_on_cpu(generator):

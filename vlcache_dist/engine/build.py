@@ -9,6 +9,7 @@ import torch
 from vlcache_dist.config import EngineSettings, ModelSettings
 from vlcache_dist.engine.engine import Engine, EngineConfig
 from vlcache_dist.engine.runner import Runner
+from vlcache_dist.kernels import backends
 from vlcache_dist.kv.arena import TORCH_DTYPES, Arena, allocate_pages, free_bytes, plan_memory
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.kv.object_store import ObjectStore
@@ -70,21 +71,22 @@ def build_engine(
     max_model_len: int | None = None,
 ) -> Engine:
     """An engine on the model's device that shares ``arena`` and ``store``. The arena comes first: pages take a share of
-    the memory that is free after it. Raises ConfigError if memory holds no block."""
+    the memory that is free after it. Blocks are of ``settings.block_size`` tokens or, on CUDA, of as many more as the
+    attention backend wants. Raises ConfigError if memory holds no block."""
     layout = arena.layout
     pages_bytes = settings.kv_bytes
     if pages_bytes is None and model.device.type == "cpu":
         pages_bytes = CPU_KV_BYTES
     if pages_bytes is None:
         pages_bytes = int(free_bytes(model.device) * settings.kv_fraction)
-    plan = plan_memory(
-        layout, settings.block_size, pages_bytes=pages_bytes, arena_bytes=arena.tensor.numel() * layout.itemsize
-    )
-    pages = allocate_pages(layout, plan.num_blocks, settings.block_size, model.device)
+    attention = backends.select(model.device, arena.tensor.dtype, layout.head_dim)
+    block_size = backends.page_size(attention, settings.block_size)
+    plan = plan_memory(layout, block_size, pages_bytes=pages_bytes, arena_bytes=arena.tensor.numel() * layout.itemsize)
+    pages = allocate_pages(layout, plan.num_blocks, block_size, model.device)
     limit = config.text.max_position_embeddings
     return Engine(
         EngineConfig(
-            block_size=settings.block_size,
+            block_size=block_size,
             max_batch_tokens=settings.max_batch_tokens,
             max_running=settings.max_sequences,
             max_waiting=MAX_WAITING,

@@ -41,10 +41,12 @@ _LONG_SEQUENCE = 512  # packed sequences from here on are worth flash-attn's lar
 
 
 class AttentionBackend(Protocol):
-    """Contracts as in ``kernels.attention``; a block_size must be a multiple of ``page_multiple``."""
+    """Contracts as in ``kernels.attention``. A block_size must be a multiple of ``page_multiple``; from ``page_best``
+    on the backend is at its fastest."""
 
     name: str
     page_multiple: int
+    page_best: int
 
     def segment_attention(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, cu_q: torch.Tensor, kv_len: torch.Tensor,
@@ -62,15 +64,17 @@ class Torch:
 
     name = "torch"
     page_multiple = 1
+    page_best = 1
     segment_attention = staticmethod(attention.segment_attention_reference)
     varlen_attention = staticmethod(attention.varlen_attention_reference)
 
 
 class Triton:
-    """Our kernels."""
+    """Our kernels. Pages of at least a key tile come by the bulk copy engine; smaller ones are gathered row by row."""
 
     name = "triton"
     page_multiple = 1
+    page_best = 128
 
     def __init__(self) -> None:
         from vlcache_dist.kernels.gpu import attention as gpu
@@ -87,6 +91,7 @@ class Auto:
     def __init__(self, few: AttentionBackend, many: AttentionBackend, processors: int) -> None:
         self.few, self.many = few, many
         self.page_multiple = max(few.page_multiple, many.page_multiple)
+        self.page_best = max(few.page_best, many.page_best)
         self._enough_tiles = 0.6 * processors
 
     def segment_attention(
@@ -188,9 +193,10 @@ def prefer(name: str) -> None:
 
 
 def page_size(backend: AttentionBackend, wanted: int) -> int:
-    """The smallest block_size >= ``wanted`` that the backend can read: what an engine asks before it makes its pool."""
+    """The smallest block_size >= ``wanted`` at which the backend is fast: what an engine asks before it makes its pool.
+    On CPU that is ``wanted`` itself."""
     multiple = backend.page_multiple
-    return -(-wanted // multiple) * multiple
+    return -(-max(wanted, backend.page_best) // multiple) * multiple
 
 
 def _active(q: torch.Tensor) -> AttentionBackend:

@@ -22,6 +22,7 @@ class FlashAttention2:
 
     name = "flash-attn-2"
     page_multiple = 256
+    page_best = 256
 
     def __init__(self) -> None:
         self._varlen = importlib.import_module("flash_attn").flash_attn_varlen_func
@@ -50,6 +51,7 @@ class FlashAttention3:
 
     name = "flash-attn-3"
     page_multiple = 1
+    page_best = 128
 
     def __init__(self) -> None:
         module = importlib.import_module("flash_attn_interface")
@@ -80,6 +82,7 @@ class FlashAttention4:
 
     name = "flash-attn-4"
     page_multiple = 128
+    page_best = 128
 
     def __init__(self) -> None:
         self._varlen = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
