@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vlcache_dist import LLM, SamplingParams
 from vlcache_dist.config import EngineSettings
 from vlcache_dist.demo.pictures import Picture, draw
 from vlcache_dist.errors import BadRequest, InvalidMedia, InvalidPlan, PromptTooLong, StoreFull
 from vlcache_dist.llm import Output
+from vlcache_dist.model.weights import resolve
 from vlcache_dist.types import FinishReason, KVSource
 
 SHORT = SamplingParams(max_tokens=12)
@@ -260,3 +263,46 @@ def test_neither_ray_nor_zeromq_nor_nixl_is_imported() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("reuse", ["off", "exact", "approx"])
+def test_cold_answers_are_those_of_transformers(llm: LLM, reuse: str) -> None:
+    oracle = Qwen2_5_VLForConditionalGeneration.from_pretrained(resolve("tiny"), dtype=torch.float32).eval()
+    processor = Qwen2VLImageProcessorPil.from_pretrained(resolve("tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny"))
+    pictures = [draw("form", 3), draw("shapes", 4, 8, 12)]
+    question = "Which number is beside the first label?"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": question}]}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    pixels = processor(images=[picture.image for picture in pictures], return_tensors="pt")
+    for grid in pixels["image_grid_thw"]:
+        text = text.replace("<|image_pad|>", "<pad>" * (int(grid.prod()) // 4), 1)
+    ids = tokenizer(text.replace("<pad>", "<|image_pad|>"), return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        out = oracle.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels["pixel_values"],
+            image_grid_thw=pixels["image_grid_thw"],
+            mm_token_type_ids=(ids == llm.config.image_token_id).int(),
+            max_new_tokens=16,
+            min_new_tokens=16,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    sampling = SamplingParams(max_tokens=16, ignore_eos=True, logprobs=5)
+    answer = llm.chat(user(*pictures, question), sampling, reuse=reuse)
+    assert answer.prompt_tokens == ids.shape[1]
+    assert answer.logprobs is not None
+    # The oracle may not stop before 16 tokens and therefore never draws the end token: compare up to it.
+    for token, got, logits in zip(out.sequences[0, ids.shape[1] :].tolist(), answer.logprobs, out.logits, strict=True):
+        expected = logits[0].log_softmax(-1)
+        best = dict(got.top)
+        torch.testing.assert_close(torch.tensor(list(best.values())), expected[list(best)], atol=1e-4, rtol=1e-4)
+        if got.token_id != token:
+            assert got.token_id in llm.config.eos_token_ids
+            break
