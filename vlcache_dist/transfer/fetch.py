@@ -123,9 +123,10 @@ class Fetcher:
         pinned). ``exact_variant``: no other variant will do.
 
         ``on_group`` (KV only): called on the way, group by group in order of layers, so that computing on the first
-        ones can start. What it is told is *not admitted yet*: results count only if this call returns, and the extent
-        may be read by the caller's kernels until this call returns or raises, and after that only if it returned. A
-        caller that joins another's fetch hears of all layers at once. Raises CacheError, WorkerLost, DeadlineExceeded or ProtocolError.
+        ones can start. What it is told is *not admitted yet*: results count only if this call returns, and if it
+        raises, the extent is no longer the caller's. A caller that joins another's fetch hears of all layers at once.
+
+        Raises CacheError, WorkerLost, DeadlineExceeded or ProtocolError.
         """
         if on_group is not None and kind is not ObjectKind.KV:
             raise ValueError(f"{kind} objects have no layers")

@@ -8,6 +8,8 @@ What was learnt about NIXL 1.5 and is kept here:
   forgetting the peer stop it, so a peer is forgotten only when nothing is under way from it.
 * A stopped peer stays "in progress" for ever: deadlines are ours, on the local monotonic clock.
 * An error may concern one descriptor of several: after an error the destination stays at risk for ``SETTLE_S``.
+* A UCX that has not been polled for a while aborts its process if it then finds, over TCP, a READ whose reader has
+  gone. So a reader that closes waits up to ``CLOSE_S`` for its READs to end; a reader that dies cannot.
 * The progress thread spins: it is off, and the owner thread polls, fast while transfers are under way and slowly
   otherwise (UCX over TCP needs the passive side to be polled as well; see ``attend``).
 * Agent names must never be reused: the worker id in them contains the incarnation.
@@ -18,6 +20,7 @@ UCX's settings stand in ``transfer.ucx``.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import socket
@@ -43,6 +46,7 @@ log = logging.getLogger(__name__)
 BUSY_POLL_S = 50e-6
 IDLE_POLL_S = 2e-3
 AWAKE_S = 0.005  #: how long after the last transfer the owner thread keeps polling fast
+CLOSE_S = 0.5
 SETTLE_S = 3.0  #: how long a destination stays at risk after an error; as long as TCP takes to notice a cut link
 
 
@@ -111,6 +115,7 @@ class NixlTransport:
             host=socket.gethostname(),
             layout=layout,
         )
+        atexit.register(self.close)  # a thread that is inside UCX when Python ends aborts the process
 
     # -- any thread ---------------------------------------------------------------------------------------------
 
@@ -151,6 +156,7 @@ class NixlTransport:
                 self._closed = True
                 self._commands.put(None)
         self._thread.join()
+        atexit.unregister(self.close)
 
     def _enter(self, command: Callable[[], None]) -> bool:
         with self._gate:
@@ -240,18 +246,17 @@ class NixlTransport:
             self._forget(peer.agent, broken=True)
             if peer.agent in self._peers:
                 raise TransferFailed(f"{peer.worker_id} cannot be met again before its READs have ended")
+        _memory(peer.device)
         try:
-            _memory(peer.device)
             name = self._agent.add_remote_agent(peer.metadata)
-            name = name.decode() if isinstance(name, bytes) else name
-            if name != peer.agent:
-                if name not in self._peers:
-                    self._agent.remove_remote_agent(name)
-                raise TransferFailed(f"the metadata of {peer.agent} names {name}")
-        except TransferFailed:
-            raise
         except Exception as error:
+            self._remove(peer.agent)  # what was read of the metadata before the error would stay otherwise
             raise TransferFailed(f"{peer.worker_id} cannot be reached: {type(error).__name__}: {error}") from error
+        name = name.decode() if isinstance(name, bytes) else name
+        if name != peer.agent:
+            if name not in self._peers:
+                self._remove(name)
+            raise TransferFailed(f"the metadata of {peer.agent} names {name}")
         self._peers[peer.agent] = peer
 
     def _forget(self, agent: str, *, broken: bool) -> None:
@@ -264,10 +269,13 @@ class NixlTransport:
         busy = {transfer.peer.agent for group in (self._running, self._late) for transfer in group}
         for agent in [agent for agent in self._unwanted if agent not in busy]:
             del self._unwanted[agent], self._peers[agent]
-            try:
-                self._agent.remove_remote_agent(agent)
-            except Exception as error:
-                log.info("forgetting %s: %s: %s", agent, type(error).__name__, error)
+            self._remove(agent)
+
+    def _remove(self, agent: str) -> None:
+        try:
+            self._agent.remove_remote_agent(agent)
+        except Exception as error:
+            log.info("forgetting %s: %s: %s", agent, type(error).__name__, error)
 
     def _post(self, transfer: NixlTransfer) -> None:
         peer = transfer.peer
@@ -354,12 +362,16 @@ class NixlTransport:
             self._closed = True
         left = [*self._running, *self._late, *self._failed]
         for transfer in left:
+            if not transfer.future.done():
+                transfer.future.set_exception(TransferFailed("the transport was closed"))
+        end = time.monotonic() + CLOSE_S
+        while (self._running or self._late) and time.monotonic() < end:
+            self._poll()
+            time.sleep(BUSY_POLL_S)
+        for transfer in left:
             self._release(transfer)
         for agent in self._peers:
-            try:
-                self._agent.remove_remote_agent(agent)
-            except Exception as error:
-                log.info("forgetting %s: %s: %s", agent, type(error).__name__, error)
+            self._remove(agent)
         try:
             self._agent.deregister_memory(self._registered)
         except Exception as error:
@@ -368,8 +380,6 @@ class NixlTransport:
         del self._registered, self._agent
         for transfer in left:
             self._end(transfer)
-            if not transfer.future.done():
-                transfer.future.set_exception(TransferFailed("the transport was closed"))
         while not self._commands.empty():
             if (command := self._commands.get()) is not None:
                 command()

@@ -90,6 +90,6 @@ class ExtentReader:
             self._store.abort(extent)
 
     async def _watch(self, extent: Extent, transfers: Sequence[Transfer]) -> None:
-        while not all(transfer.terminal for transfer in transfers):  # noqa: ASYNC110: transports have no event loop
+        while not all(transfer.terminal for transfer in transfers):  # noqa: ASYNC110 - transports know no event loop
             await asyncio.sleep(QUARANTINE_POLL_S)
         self._store.release_quarantine(extent)
