@@ -21,7 +21,7 @@ import torch
 from vlcache_dist import wire
 from vlcache_dist.cache_directory.client import Addresses, DirectoryClient
 from vlcache_dist.cache_directory.hashing import ranked
-from vlcache_dist.errors import Overloaded, VLCacheError
+from vlcache_dist.errors import LayoutMismatch, ObjectGone, Overloaded, TransferFailed, VLCacheError, WorkerLost
 from vlcache_dist.kv.arena import Arena
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.kv.object_store import Extent, ObjectStore
@@ -272,9 +272,8 @@ class Node(FrontNode):
                 exact_variant=exact_variant,
                 meta=None if private else _meta(span),
             )
-        except VLCacheError:
+        except (ObjectGone, WorkerLost, TransferFailed, LayoutMismatch):
             self.spawn(self._directory.report_stale(holder.worker_id, span.key, kind, holder.variant))
-            self._fetcher.forget_peer(holder.worker_id)
             raise
         if prefix is None:
             self.announce(extent)

@@ -17,11 +17,21 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from vlcache_dist import wire
 from vlcache_dist.engine.api import Compute, Reuse
 from vlcache_dist.engine.bridge import OnEngine
 from vlcache_dist.engine.engine import new_variant
-from vlcache_dist.errors import BadRequest, CacheError, DeadlineExceeded, Overloaded, VLCacheError, WorkerLost
+from vlcache_dist.errors import (
+    BadRequest,
+    CacheError,
+    DeadlineExceeded,
+    Overloaded,
+    StoreFull,
+    VLCacheError,
+    WorkerLost,
+)
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.production import LocalProduction
@@ -30,6 +40,7 @@ from vlcache_dist.types import ContentKey, KVSource, MediaSpan, ObjectKind, Reus
 
 log = logging.getLogger(__name__)
 ENCODE_ATTEMPTS = 3
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.2  #: between attempts to find room
 MIN_PATIENCE_S = 0.5  #: with less time left than twice this, a request computes rather than waits
 
 
@@ -62,7 +73,11 @@ class SpanResolver:
         """Resolve the spans ``needed``, in order. Raises the error that ends the request."""
         for index in needed:
             source = await self._resolve(index, self._generation.spans[index])
-            await self._on_engine(lambda e, i=index, s=source: e.provide(self._generation.request_id, i, s))  # type: ignore[misc]
+            # From here on the source is the engine's to give back, whatever becomes of this task.
+            await asyncio.shield(asyncio.ensure_future(self._provide(index, source)))
+
+    async def _provide(self, index: int, source: Compute | Reuse) -> None:
+        await self._on_engine(lambda engine: engine.provide(self._generation.request_id, index, source))
 
     def settle(self, key: ContentKey) -> None:
         """The engine recorded the span, or dropped the record: this request's claim on ``key`` is over."""
@@ -124,11 +139,11 @@ class SpanResolver:
         """A source from a pinned KV object, with the encoder output of the rows to recompute."""
         depths = self._plan.depths(span.length, self._node.layout.num_layers)
         moved = kv.elements * self._node.layout.itemsize if source is KVSource.REMOTE else 0
-        rows = int((depths > 0).sum())
+        recomputed = np.flatnonzero(depths)
         embedding = None
         try:
-            if rows:
-                embedding = await self._embedding(span, rows)
+            if len(recomputed):
+                embedding = await self._embedding(span, int(recomputed[-1]) + 1)
         except BaseException:
             self._node.store.unpin(kv)
             raise
@@ -190,29 +205,46 @@ class SpanResolver:
     # -- encoder output -----------------------------------------------------------------------------------------
 
     async def _embedding(self, span: MediaSpan, rows: int | None = None) -> Extent:
-        """The span's encoder output (its first ``rows`` rows at least), pinned: own store, a holder, an encoder."""
+        """The span's encoder output (its first ``rows`` rows at least), pinned. While a store is full of what running
+        requests hold, this waits for them."""
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                return await self._embedding_now(span, rows)
+            except StoreFull as error:
+                if time.monotonic() + pause > self._deadline:
+                    raise Overloaded(f"no room for item {span.index}: {error}") from error
+            await self._on_engine(lambda engine: engine.relieve())
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    async def _embedding_now(self, span: MediaSpan, rows: int | None) -> Extent:
+        """From the own store, a holder, or an encoder. Raises StoreFull if lack of room was all that was wrong."""
         if (extent := self._node.store.lookup(ObjectKind.EMBEDDING, span.key, pin=True)) is not None:
             return extent
-        failures: list[str] = []
+        failures: list[VLCacheError] = []
         if self._generation.reuse is not ReuseMode.OFF:
             for holder in await self._node.holders(ObjectKind.EMBEDDING, span.key):
                 if holder.worker_id == self._node.worker_id:
                     continue
                 try:
                     return await self._node.fetch(holder, ObjectKind.EMBEDDING, span, rows=rows)
+                except StoreFull:
+                    raise
                 except VLCacheError as error:
-                    failures.append(f"{holder.worker_id}: {error}")
+                    failures.append(error)
         for address in list(self._encoders(span.key))[:ENCODE_ATTEMPTS]:
             try:
                 return await self._encode(address, span, rows)
             except (BadRequest, DeadlineExceeded):
                 raise
             except VLCacheError as error:
-                failures.append(f"{address}: {error}")
-        log.warning("no encoder output of %s: %s", span.key.hex()[:16], "; ".join(failures))
-        raise (Overloaded if failures else WorkerLost)(
-            f"no encoder could be reached for item {span.index} ({'; '.join(failures) or 'none is alive'})"
-        )
+                failures.append(error)
+        why = "; ".join(map(str, failures)) or "none is alive"
+        log.warning("no encoder output of %s: %s", span.key.hex()[:16], why)
+        if failures and isinstance(failures[-1], StoreFull):
+            raise failures[-1]
+        raise WorkerLost(f"no encoder could encode item {span.index} ({why})")
 
     async def _encode(self, address: str, span: MediaSpan, rows: int | None) -> Extent:
         remaining = self._deadline - time.monotonic()
