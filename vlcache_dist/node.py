@@ -195,6 +195,7 @@ class Node(FrontNode):
             self._load(),
             store_bytes_used=(stats.total - stats.free) * itemsize,
             store_bytes_total=stats.total * itemsize,
+            read_bytes_per_s=dict(self._bandwidth),
         )
 
     # -- objects here -------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     store_bytes_used: int = 0
     store_bytes_total: int = 0
     tokens_per_s: float = 0.0  #: measured, recent; 0 if unknown
+    read_bytes_per_s: dict[WorkerId, float] = {}  #: measured per peer; 0 if it cannot be read from
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):

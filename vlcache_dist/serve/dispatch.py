@@ -46,6 +46,7 @@ class Dispatcher:
                 m.info.name,
                 max(m.load.waiting_tokens, self._sent.get(m.info.worker_id, 0)),
                 m.load.tokens_per_s,
+                m.load.read_bytes_per_s,
                 m.info.draining,
             )
             for m in members

@@ -29,12 +29,14 @@ class Costs(msgspec.Struct, frozen=True):
 
 class Candidate(msgspec.Struct, frozen=True):
     """A prefill worker as the ingress sees it. ``queued_tokens`` are active tokens waiting or running there,
-    including those that the ingress has sent since the last heartbeat."""
+    including those that the ingress has sent since the last heartbeat. ``tokens_per_s`` (0: not measured yet) and
+    ``read_bytes_per_s`` (by peer) are its own measurements."""
 
     worker_id: WorkerId
     name: str
     queued_tokens: int = 0
     tokens_per_s: float = 0.0
+    read_bytes_per_s: dict[WorkerId, float] = {}
     draining: bool = False
 
 
@@ -81,7 +83,7 @@ def expected_ttft(candidate: Candidate, demand: Demand, costs: Costs) -> tuple[f
         if demand.reuse and (span.holders or not first):
             compute += span.recompute * token_s
             if first and candidate.worker_id not in span.holders:
-                fetch += costs.fetch_base_s + span.kv_bytes * costs.fetch_byte_s
+                fetch += _fetch_s(candidate, span, costs)
         else:
             compute += span.tokens * token_s
             if first and not span.encoded:
@@ -90,6 +92,16 @@ def expected_ttft(candidate: Candidate, demand: Demand, costs: Costs) -> tuple[f
     parts = {"queue": queue, "fetch": fetch, "encode": encode, "compute": compute}
     why = " + ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in parts.items()) + " ms"
     return total, why
+
+
+def _fetch_s(candidate: Candidate, span: SpanDemand, costs: Costs) -> float:
+    """Seconds to read the span's KV from the best of its holders; a peer that cannot be read from (0 B/s) costs as much
+    as computing the span again."""
+    default = 1 / costs.fetch_byte_s
+    best = max((candidate.read_bytes_per_s.get(holder, default) for holder in span.holders), default=0.0)
+    if best <= 0:
+        return span.tokens * (costs.token_s + costs.encode_token_s)
+    return costs.fetch_base_s + span.kv_bytes / best
 
 
 def choose(
