@@ -101,7 +101,7 @@ class MemorySite:
         self.transports: list[Transport] = []
 
     @staticmethod
-    def script(peer: PeerInfo, pieces: Sequence[Piece]) -> Fault:
+    def script(reader: PeerInfo, peer: PeerInfo, pieces: Sequence[Piece]) -> Fault:
         """Large READs take a moment, as they do elsewhere."""
         return Fault(delay_s=0.01) if sum(piece.nbytes for piece in pieces) > 1 << 20 else NO_FAULT
 

@@ -4,6 +4,7 @@
 * ``read`` returns at once; its future ends by the reader's own monotonic deadline, whatever the peer does.
 * A transfer that timed out may still write. Its destination must be quarantined until ``terminal`` turns true:
   NIXL has no safe cancel.
+* A READ that succeeded is terminal.
 * Completion after the deadline is failure, even if the bytes arrived.
 * A transport says nothing about validity: leases and generations do (``transfer.holder``).
 """

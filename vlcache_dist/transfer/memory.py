@@ -29,7 +29,7 @@ class Fault:
     ``delay_s``        when its bytes are copied, half of them at half of that time
     ``drop``           no bytes, no end: the peer never answers this READ; terminal with the peer's death
     ``corrupt``        one bit arrives wrong, and nobody says so
-    ``duplicate_s``    the bytes are written a second time so long after the first; terminal only then
+    ``duplicate_s``    the bytes are written a second time so long after the first; done only then
     ``error``          half of the bytes, then the transport reports an error
     """
 
@@ -42,7 +42,7 @@ class Fault:
 
 NO_FAULT = Fault()
 
-Script = Callable[[PeerInfo, Sequence[Piece]], Fault]
+Script = Callable[[PeerInfo, PeerInfo, Sequence[Piece]], Fault]  #: (reader, peer, pieces)
 CallLater = Callable[[float, Callable[[], None]], object]
 
 
@@ -74,7 +74,7 @@ class MemoryNetwork:
 
     def __init__(
         self,
-        script: Script = lambda peer, pieces: NO_FAULT,
+        script: Script = lambda reader, peer, pieces: NO_FAULT,
         *,
         clock: Callable[[], float] = time.monotonic,
         call_later: CallLater | None = None,
@@ -195,7 +195,7 @@ class MemoryTransport:
             network.begin(transfer)
             self._outgoing.add(transfer)
             network.call_later(deadline_s, lambda: self._expire(transfer))
-            fault = network.script(peer, transfer.pieces)
+            fault = network.script(self.info, peer, transfer.pieces)
             if not fault.drop:
                 self._deliver(transfer, there, fault)
             return transfer
@@ -243,15 +243,13 @@ class MemoryTransport:
                 offset = transfer.pieces[-1].local_offset + transfer.pieces[-1].nbytes // 2
                 self.bytes[offset] ^= 0x10
             if fault.duplicate_s is None:
-                self._end(transfer)
+                self._conclude(transfer)
             else:
                 at(fault.duplicate_s, again)
-            self._conclude(transfer)
 
         def again() -> None:
-            self._copy(transfer, there, 0, 1)
-            self._copy(transfer, there, 1, 2)
-            self._end(transfer)
+            self._copy(transfer, there, 0, 2)
+            self._conclude(transfer)
 
         at(fault.delay_s / 2, first_half)
         at(fault.delay_s, second_half)  # after the first even if both are due now: timers keep their order
@@ -264,6 +262,7 @@ class MemoryTransport:
             self.bytes[piece.local_offset + a : piece.local_offset + b] = source
 
     def _conclude(self, transfer: MemoryTransfer) -> None:
+        self._end(transfer)
         if transfer.future.done():
             return
         if self._network.clock() > transfer.deadline:
