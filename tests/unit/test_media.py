@@ -138,6 +138,20 @@ def test_video_limits_of_their_own(tmp_path: Path) -> None:
     assert own.meta(video).grid == (1, 4, 4) == own.patches(video).grid
 
 
+def test_the_hub_s_configuration_form(tmp_path: Path) -> None:
+    """``min_pixels`` and ``max_pixels`` instead of ``size``, and no file for videos: one pair of limits for both."""
+    values = json.loads((TINY / "preprocessor_config.json").read_text())
+    del values["size"]
+    values |= {"min_pixels": 3136, "max_pixels": 112 * 112}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    hub = MediaProcessor.from_folder(tmp_path, LIMITS)
+    data = encoded(Image.new("RGB", (224, 224)))
+    image, video = MediaItem.of("image", (data,)), MediaItem.of("video", (data, data))
+    assert hub.patches(image).grid == hub.meta(image).grid == (1, 8, 8)
+    assert hub.patches(video).grid == hub.meta(video).grid == (1, 8, 8)
+    assert hub.settings["image_size"] == hub.settings["video_size"] == [3136, 112 * 112]
+
+
 def test_exif_orientation_is_not_applied(processor: MediaProcessor, oracle: Qwen2VLImageProcessorPil) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
