@@ -221,5 +221,13 @@ def test_no_wrong_byte_is_admitted() -> None:
     outcomes = run_virtual(main())
     print(dict(outcomes))
     assert outcomes["admitted"] > FETCHES // 6, outcomes
-    for kind in ("TransferTimeout", "TransferFailed", "LeaseLost", "ChecksumMismatch", "ObjectGone", "cancelled", "restarts"):
+    for kind in (
+        "TransferTimeout",
+        "TransferFailed",
+        "LeaseLost",
+        "ChecksumMismatch",
+        "ObjectGone",
+        "cancelled",
+        "restarts",
+    ):
         assert outcomes[kind] > 0, (kind, outcomes)

@@ -64,7 +64,9 @@ class Site(Protocol):
     name: str
     stopped_peer_is_readable: bool  #: the reader copies by itself (shared memory)
 
-    def reader(self, layout: KVLayout = LAYOUT, arena: torch.Tensor | None = None) -> tuple[Transport, torch.Tensor]: ...
+    def reader(
+        self, layout: KVLayout = LAYOUT, arena: torch.Tensor | None = None
+    ) -> tuple[Transport, torch.Tensor]: ...
 
     def remote(self, name: str = "remote", layout: KVLayout = LAYOUT) -> Remote: ...
 

@@ -39,7 +39,14 @@ def content(kind: ObjectKind, name: ContentKey, made_by: Variant, elements: int)
 
 class Worker:
     def __init__(
-        self, cluster: Cluster, address: str, worker_id: str, host: str, elements: int, layout: KVLayout, limits: FetchLimits
+        self,
+        cluster: Cluster,
+        address: str,
+        worker_id: str,
+        host: str,
+        elements: int,
+        layout: KVLayout,
+        limits: FetchLimits,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.cluster = cluster
@@ -103,9 +110,7 @@ class Cluster:
         self.calls: list[str] = []
         self._incarnations = itertools.count(1)
 
-    def start(
-        self, address: str, host: str | None = None, elements: int = 4096, layout: KVLayout = LAYOUT
-    ) -> Worker:
+    def start(self, address: str, host: str | None = None, elements: int = 4096, layout: KVLayout = LAYOUT) -> Worker:
         """A worker at ``address``; one that was there before is replaced."""
         worker_id = f"{address}#{next(self._incarnations)}"
         worker = Worker(self, address, worker_id, host or address, elements, layout, self.limits)
