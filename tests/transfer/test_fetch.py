@@ -52,7 +52,7 @@ def virtual(scenario: Scenario) -> Callable[[], None]:
 class Pair:
     """A holder with one KV object, and a reader on another host."""
 
-    def __init__(self, fault: Fault = Fault(), same_host: bool = False, limits: FetchLimits = LIMITS) -> None:  # noqa: B008
+    def __init__(self, fault: Fault = Fault(), same_host: bool = False, limits: FetchLimits = LIMITS) -> None:
         self.fault = fault
         self.cluster = Cluster(lambda reader, peer, pieces: self.fault, limits=limits)
         self.holder = self.cluster.start("holder", host="h0")
@@ -190,6 +190,15 @@ async def test_a_shared_failure_reaches_all_callers() -> None:
     assert [type(result) for result in results] == [TransferFailed] * 3
     assert pair.reader.fetcher.failures == {"TransferFailed": 1}
     await pair.settle()
+
+
+@virtual
+async def test_a_failed_fetch_gives_its_lease_back() -> None:
+    for fault in (Fault(error=True), Fault(corrupt=True), Fault(delay_s=2.0)):
+        pair = Pair(fault)
+        await refused(pair.fetch(), CacheError)
+        await asyncio.sleep(0.01)
+        assert pair.holder.store.stats().num_leases == 0
 
 
 @virtual

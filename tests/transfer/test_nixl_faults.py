@@ -113,7 +113,7 @@ async def test_stopped_then_killed_in_the_middle_of_a_fetch(site: NixlSite) -> N
 
 async def _quarantine_is_empty(reader: Reader) -> None:
     end = time.monotonic() + 8.0
-    while reader.store.stats().quarantined and time.monotonic() < end:
+    while reader.store.stats().quarantined and time.monotonic() < end:  # noqa: ASYNC110
         await asyncio.sleep(0.02)
     reader.store.validate()
     assert reader.store.stats().quarantined == 0

@@ -1,4 +1,4 @@
-"""Workers with stores, holders and fetchers on one in-memory network, in virtual time; calls between them can be slow."""
+"""Workers with stores, holders and fetchers on one in-memory network, in virtual time."""
 
 from __future__ import annotations
 

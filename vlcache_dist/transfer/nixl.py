@@ -38,6 +38,7 @@ import torch
 from vlcache_dist.errors import ConfigError, LayoutMismatch, TransferFailed, TransferTimeout
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.transfer.base import PeerInfo, Piece, check_pieces
+from vlcache_dist.transfer.huge_pages import advise_huge_pages
 from vlcache_dist.transfer.ucx import configure_ucx
 from vlcache_dist.types import WorkerId
 
@@ -82,7 +83,8 @@ class NixlTransfer:
 
 class NixlTransport:
     """Owns one agent and its thread. ``arena``: 1-D contiguous tensor, registered for life; the CUDA context exists
-    because it does. Must not be an ``expandable_segments`` allocation."""
+    because it does. Must not be an ``expandable_segments`` allocation. On CPU it should not have been written yet: then
+    it gets huge pages."""
 
     def __init__(self, worker_id: WorkerId, arena: torch.Tensor, layout: KVLayout) -> None:
         """Raises ConfigError if NIXL is missing or its UCX backend cannot be started."""
@@ -205,6 +207,8 @@ class NixlTransport:
         logging.getLogger("nixl").setLevel(logging.WARNING)  # it reports every agent on stdout
         if cuda:
             torch.cuda.set_device(self._arena.device)
+        else:
+            advise_huge_pages(self._base, self._nbytes)
         config = api.nixl_agent_config(enable_prog_thread=False, enable_listen_thread=False, backends=["UCX"])
         self._agent = api.nixl_agent(worker_id, config)
         if "UCX" not in self._agent.backends:
