@@ -53,6 +53,7 @@ from vlcache_dist.wire import Generation
 
 Messages = Sequence[Mapping[str, Any]]
 DEFAULT_SAMPLING = SamplingParams()
+DEFAULT_PLAN = "uniform:5"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +135,12 @@ class LLM:
 
     @overload
     def chat(
-        self, messages: Messages, sampling: SamplingParams = ..., *, reuse: str = ..., plan: str | None = ...
+        self, messages: Messages, sampling: SamplingParams = ..., *, reuse: str = ..., plan: str = ...
     ) -> Output: ...
 
     @overload
     def chat(
-        self, messages: Sequence[Messages], sampling: SamplingParams = ..., *, reuse: str = ..., plan: str | None = ...
+        self, messages: Sequence[Messages], sampling: SamplingParams = ..., *, reuse: str = ..., plan: str = ...
     ) -> list[Output]: ...
 
     def chat(
@@ -148,7 +149,7 @@ class LLM:
         sampling: SamplingParams = DEFAULT_SAMPLING,
         *,
         reuse: str = "approx",
-        plan: str | None = None,
+        plan: str = DEFAULT_PLAN,
     ) -> Output | list[Output]:
         """Answer one conversation in OpenAI's message format, or a list of them in one batch.
 
@@ -157,9 +158,9 @@ class LLM:
         ``off`` (no cache is read or filled). Raises BadRequest and its kin, before anything is computed.
         """
         mode = _reuse_mode(reuse)
-        if plan is not None and mode is not ReuseMode.APPROX:
+        if plan != DEFAULT_PLAN and mode is not ReuseMode.APPROX:
             raise BadRequest(f"plan {plan!r} means nothing with reuse={mode}: only approx recomputes by a plan")
-        resolved = resolve_plan(plan or "uniform:5", model=self.layout.model, num_layers=self.layout.num_layers)
+        resolved = resolve_plan(plan, model=self.layout.model, num_layers=self.layout.num_layers)
         if not messages:
             raise BadRequest("messages: a conversation, or a list of them, is wanted")
         single = isinstance(messages[0], Mapping)
