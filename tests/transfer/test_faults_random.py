@@ -45,6 +45,7 @@ class Chaos:
     # -- scripts ------------------------------------------------------------------------------------------------
 
     def fault(self, reader: PeerInfo, peer: PeerInfo, pieces: Sequence[Piece]) -> Fault:
+        self.outcomes["READs"] += 1
         roll, draw = self.random.random(), self.random.uniform
         if roll < 0.50:
             return Fault(delay_s=draw(0, 0.1))

@@ -254,7 +254,6 @@ class NixlTransport:
         try:
             name = self._agent.add_remote_agent(peer.metadata)
         except Exception as error:
-            self._remove(peer.agent)  # what was read of the metadata before the error would stay otherwise
             raise TransferFailed(f"{peer.worker_id} cannot be reached: {type(error).__name__}: {error}") from error
         name = name.decode() if isinstance(name, bytes) else name
         if name != peer.agent:
