@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import math
 import os
 import time
 import uuid
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 0.1
 PROBE_BYTES = 1 << 20
+MEET_AGAIN_S = 3.0  #: between attempts to read from a peer
 READS_FROM = {
     Role.ENCODER: (),
     Role.PREFILL: (Role.ENCODER, Role.PREFILL, Role.DECODE, Role.COLOCATED),
@@ -53,6 +55,7 @@ class FrontNode:
         self.client = RpcClient()
         self._resolve = directory
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._spawning = True
         self._directory = DirectoryClient(self.client, directory, watch_members=True)
 
     @property
@@ -67,18 +70,23 @@ class FrontNode:
         await self._directory.start()
 
     async def close(self) -> None:
+        """Leave the directory, so that nobody is sent here any more; end every call and what runs in the background."""
+        await self._directory.close()
+        await self._server.close()
+        self._spawning = False
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._directory.close()
-        await self._server.close()
         await self.client.close()
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run in the background until done, or until ``close``; a failure is logged."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        if not self._spawning:
+            task.cancel()
+        return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -133,7 +141,8 @@ class Node(FrontNode):
         self._load: Callable[[], wire.WorkerLoad] = wire.WorkerLoad
         self._status: Callable[[], Any] = dict
         self._health: Callable[[], bool] = lambda: True
-        self._bandwidth: dict[WorkerId, float] = {}  # bytes/s, as probed when the peer appeared
+        self._bandwidth: dict[WorkerId, float] = {}  # bytes/s, as probed when the peer appeared; 0: not readable
+        self._meet_at: dict[WorkerId, float] = {}  # peers, and when to probe them (again)
         self._draining = False
         self._closed = False
         holder: dict[type[wire.Message], Callable[[Any], Awaitable[wire.Message]]] = {
@@ -185,8 +194,8 @@ class Node(FrontNode):
     async def close(self) -> None:
         """Leave the directory, end every call, stop the transport."""
         self._closed = True
-        await self._fetcher.close()
         await super().close()
+        await self._fetcher.close()
         await asyncio.to_thread(self.transport.close)
 
     def load(self) -> wire.WorkerLoad:
@@ -306,7 +315,7 @@ class Node(FrontNode):
         return await self._directory.claim(kind, key, CLAIM_TTL_S)
 
     def unclaim(self, kind: ObjectKind, key: ContentKey) -> None:
-        self.spawn(self._directory.unclaim(kind, key))
+        self._directory.unclaim(kind, key)
 
     async def await_key(self, kind: ObjectKind, key: ContentKey, timeout_s: float) -> None:
         """Until the object is announced, its producer gives up, or time is up."""
@@ -321,26 +330,39 @@ class Node(FrontNode):
         """Expire leases, tell the directory what was evicted, meet new peers."""
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
-            self.store.expire(time.monotonic())
-            await self._meet_peers()
-            for extent in self.store.take_evictions():
-                if extent.meta is not None:
-                    self._directory.retract(extent.key, extent.kind, extent.variant)
+            try:
+                self.store.expire(time.monotonic())
+                for extent in self.store.take_evictions():
+                    if extent.meta is not None:
+                        self._directory.retract(extent.key, extent.kind, extent.variant)
+                self._meet_peers()
+            except Exception:
+                log.exception("housekeeping of %s failed", self.worker_id)
 
-    async def _meet_peers(self) -> None:
+    def _meet_peers(self) -> None:
         """Connect to every worker that this one may read from, before a request has to wait for it."""
         here = {m.info.worker_id: m.info for m in self.members() if m.info.role in READS_FROM[self.role]}
-        for worker_id in [w for w in self._bandwidth if w not in here]:
-            del self._bandwidth[worker_id]
+        here.pop(self.worker_id, None)
+        for worker_id in [w for w in self._meet_at if w not in here]:
+            del self._meet_at[worker_id]
+            self._bandwidth.pop(worker_id, None)
             self._fetcher.forget_peer(worker_id)
+        now = time.monotonic()
         for worker_id, info in here.items():
-            if worker_id in self._bandwidth or worker_id == self.worker_id:
-                continue
-            try:
-                self._bandwidth[worker_id] = await self._fetcher.introduce(worker_id, info.address, PROBE_BYTES)
-            except VLCacheError as error:
-                self._bandwidth[worker_id] = 0.0
-                log.warning("%s cannot read from %s: %s", self.worker_id, worker_id, error)
+            if self._meet_at.get(worker_id, now) <= now:
+                self._meet_at[worker_id] = math.inf
+                self.spawn(self._meet(worker_id, info.address))
+
+    async def _meet(self, worker_id: WorkerId, address: str) -> None:
+        try:
+            bandwidth = await self._fetcher.introduce(worker_id, address, PROBE_BYTES)
+        except VLCacheError as error:
+            log.warning("%s cannot read from %s: %s", self.worker_id, worker_id, error)
+            bandwidth = 0.0
+        if worker_id in self._meet_at:
+            self._bandwidth[worker_id] = bandwidth
+            if not bandwidth:
+                self._meet_at[worker_id] = time.monotonic() + MEET_AGAIN_S
 
     async def _report(self, message: wire.Status, call: Call) -> wire.StatusReply:
         own = self._status()

@@ -1,7 +1,8 @@
 """The cache directory as its members see it: shards by rendezvous hashing, heartbeats, and hints that never fail.
 
-Whatever goes wrong with the directory costs time, never a request: an unreachable shard knows nothing, and grants
-every claim. A shard that lost its state (another epoch, or a heartbeat it does not recognize) is told everything again.
+Whatever goes wrong with the directory costs time, never a request: a shard that does not answer knows nothing and
+grants every claim, and until it answers a heartbeat or a poll again, requests do not ask it. A shard that lost its
+state (another epoch, or a heartbeat it does not recognize) or missed an announcement is told everything again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from vlcache_dist import wire
 from vlcache_dist.cache_directory.hashing import ranked
+from vlcache_dist.cache_directory.membership import MemberList
 from vlcache_dist.errors import VLCacheError
 from vlcache_dist.rpc import RpcClient
 from vlcache_dist.types import ContentKey, ObjectKind, Variant, WorkerId
@@ -23,6 +25,22 @@ BATCH_S = 0.002  #: announcements made within this time travel together
 MEMBERS_EVERY_S = 0.25
 
 Addresses = Callable[[], Awaitable[Sequence[str]]]
+Name = tuple[ObjectKind, ContentKey]
+
+
+class _Shard:
+    """What this process knows of one shard, and what it still has to tell it."""
+
+    def __init__(self, number: int, address: str) -> None:
+        self.number = number
+        self.address = address
+        self.reachable = True
+        self.epoch: str | None = None  # that this worker's inventory was announced to; None: announce all
+        self.here: list[wire.Entry] = []
+        self.gone: list[tuple[ContentKey, ObjectKind, Variant]] = []
+        self.claimed: set[Name] = set()  # granted by this shard and not ended yet
+        self.unclaimed: set[Name] = set()  # to be told
+        self.wake = asyncio.Event()
 
 
 class DirectoryClient:
@@ -48,60 +66,61 @@ class DirectoryClient:
         self._load = load
         self._inventory = inventory
         self._watch = watch_members
-        self._shards: list[str] = []
-        self._epochs: dict[int, str] = {}
-        self._members: tuple[wire.Member, ...] = ()
-        self._announcing: list[wire.Entry] = []
-        self._retracting: list[tuple[ContentKey, ObjectKind, Variant]] = []
-        self._batch = asyncio.Event()
+        self._shards: list[_Shard] = []
+        self._members = MemberList()
         self._tasks: list[asyncio.Task[None]] = []
+        self._resolving: asyncio.Task[None] | None = None
         self._heartbeat_s = 0.5
         self.draining = False
 
     async def start(self) -> None:
         """Resolve, register everywhere, start the background tasks. Raises what ``resolve`` raises."""
-        self._shards = list(await self._resolve())
+        self._shards = [_Shard(number, address) for number, address in enumerate(await self._resolve())]
         if self._info is not None:
-            await asyncio.gather(*(self._register(shard) for shard in range(len(self._shards))))
-            self._tasks += [asyncio.create_task(self._heartbeats(shard)) for shard in range(len(self._shards))]
-            self._tasks.append(asyncio.create_task(self._send_batches()))
+            await asyncio.gather(*map(self._register, self._shards))
+            for shard in self._shards:
+                self._tasks += [asyncio.create_task(self._heartbeats(shard)), asyncio.create_task(self._speak(shard))]
         if self._watch:
             await self._poll_members()
             self._tasks.append(asyncio.create_task(self._watch_members()))
 
     async def close(self) -> None:
         """Leave every shard."""
-        for task in self._tasks:
+        tasks = [*self._tasks, *([self._resolving] if self._resolving is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks = []
         if self._info is not None:
             message = wire.Unregister(self._info.worker_id)
-            await asyncio.gather(*(self._try(shard, message, 0.5) for shard in range(len(self._shards))))
+            await asyncio.gather(*(self._ask(s, message, 0.5) for s in self._shards if s.reachable))
 
     # -- objects ------------------------------------------------------------------------------------------------
 
     def announce(self, entry: wire.Entry) -> None:
-        """Tell the directory of a committed object, soon."""
-        self._announcing.append(entry)
-        self._batch.set()
+        """Tell the directory of a committed object, soon. Ends this worker's claim on it."""
+        shard = self._shard(entry.key)
+        shard.here.append(entry)
+        shard.claimed.discard((entry.kind, entry.key))
+        shard.wake.set()
 
     def retract(self, key: ContentKey, kind: ObjectKind, variant: Variant) -> None:
         """Tell the directory that an object is gone, soon."""
-        self._retracting.append((key, kind, variant))
-        self._batch.set()
+        shard = self._shard(key)
+        shard.gone.append((key, kind, variant))
+        shard.wake.set()
 
     async def report_stale(self, holder: WorkerId, key: ContentKey, kind: ObjectKind, variant: Variant) -> None:
         """A holder said, or showed by dying, that it no longer has an object."""
-        await self._try(self._shard(key), wire.Retract(holder, ((key, kind, variant),)))
+        await self._ask(self._shard(key), wire.Retract(holder, ((key, kind, variant),)))
 
     async def lookup(self, keys: Sequence[ContentKey]) -> list[wire.KeyState]:
         """What is known of each key; nothing, where a shard does not answer."""
-        by_shard: dict[int, list[ContentKey]] = {}
+        by_shard: dict[_Shard, list[ContentKey]] = {}
         for key in dict.fromkeys(keys):
             by_shard.setdefault(self._shard(key), []).append(key)
         replies = await asyncio.gather(
-            *(self._try(shard, wire.Lookup(tuple(part))) for shard, part in by_shard.items())
+            *(self._ask(shard, wire.Lookup(tuple(part))) for shard, part in by_shard.items())
         )
         known: dict[ContentKey, wire.KeyState] = {}
         for reply in replies:
@@ -110,25 +129,43 @@ class DirectoryClient:
         return [known.get(key) or wire.KeyState(key, None) for key in keys]
 
     async def claim(self, kind: ObjectKind, key: ContentKey, ttl_s: float) -> wire.ClaimReply:
-        """Granted, too, if the shard does not answer: then two may produce the same, and both are right."""
+        """Granted, too, if the shard does not answer: then two may produce the same, and both are right. A claim whose
+        granting nobody has seen (the caller was cancelled, the shard too slow) is given back."""
         assert self._info is not None, "only workers claim"
-        reply = await self._try(self._shard(key), wire.Claim(self._info.worker_id, key, kind, ttl_s))
-        return reply if isinstance(reply, wire.ClaimReply) else wire.ClaimReply(True)
+        shard, name = self._shard(key), (kind, key)
+        shard.claimed.add(name)
+        shard.unclaimed.discard(name)
+        granted = False
+        try:
+            reply = await self._ask(shard, wire.Claim(self._info.worker_id, key, kind, ttl_s))
+            if isinstance(reply, wire.ClaimReply):
+                granted = reply.granted
+                if not granted:
+                    shard.claimed.discard(name)
+                return reply
+            return wire.ClaimReply(True)
+        finally:
+            if not granted and name in shard.claimed:
+                self.unclaim(kind, key)
 
-    async def unclaim(self, kind: ObjectKind, key: ContentKey) -> None:
-        assert self._info is not None, "only workers claim"
-        await self._try(self._shard(key), wire.Unclaim(self._info.worker_id, key, kind))
+    def unclaim(self, kind: ObjectKind, key: ContentKey) -> None:
+        """Give up a claim, soon; one that is over is ignored."""
+        shard, name = self._shard(key), (kind, key)
+        if name in shard.claimed:
+            shard.claimed.discard(name)
+            shard.unclaimed.add(name)
+            shard.wake.set()
 
     async def wait_for(self, kind: ObjectKind, key: ContentKey, timeout_s: float) -> tuple[wire.Holder, ...]:
         """Until the object has a holder or nobody produces it any more; empty if there is none then."""
-        reply = await self._try(self._shard(key), wire.Await(key, kind, timeout_s), timeout_s + CALL_TIMEOUT_S)
+        reply = await self._ask(self._shard(key), wire.Await(key, kind, timeout_s), timeout_s + CALL_TIMEOUT_S)
         return reply.holders if isinstance(reply, wire.Awaited) else ()
 
     # -- members ------------------------------------------------------------------------------------------------
 
     def members(self) -> tuple[wire.Member, ...]:
         """The latest list (``watch_members``)."""
-        return self._members
+        return self._members.members
 
     async def _watch_members(self) -> None:
         while True:
@@ -136,69 +173,104 @@ class DirectoryClient:
             await self._poll_members()
 
     async def _poll_members(self) -> None:
-        """From the first shard that answers: every member is registered at every shard."""
-        for shard in range(len(self._shards)):
-            reply = await self._try(shard, wire.ListMembers())
-            if isinstance(reply, wire.Members):
-                self._members = reply.members
-                return
+        """From every shard: one that has just been restarted does not know everybody yet."""
+        replies = await asyncio.gather(*(self._ask(s, wire.ListMembers(), probe=True) for s in self._shards))
+        known = [reply for reply in replies if isinstance(reply, wire.Members)]
+        self._members.update(known, asyncio.get_running_loop().time())
 
     # -- keeping in touch ---------------------------------------------------------------------------------------
 
-    async def _register(self, shard: int) -> None:
+    async def _register(self, shard: _Shard) -> None:
         assert self._info is not None
-        reply = await self._try(shard, wire.Register(self._info))
+        reply = await self._ask(shard, wire.Register(self._info), probe=True)
         if not isinstance(reply, wire.Registered):
             return
         self._heartbeat_s = reply.heartbeat_s
-        self._epochs[shard] = reply.epoch
-        entries = tuple(e for e in self._inventory() if self._shard(e.key) == shard)
-        if entries:
-            await self._try(shard, wire.Announce(self._info.worker_id, entries))
+        shard.here.clear()  # part of the inventory
+        entries = tuple(e for e in self._inventory() if self._shard(e.key) is shard)
+        announced = not entries or await self._ask(shard, wire.Announce(self._info.worker_id, entries)) is not None
+        if announced:
+            shard.epoch = reply.epoch
 
-    async def _heartbeats(self, shard: int) -> None:
+    async def _heartbeats(self, shard: _Shard) -> None:
         assert self._info is not None
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            reply = await self._try(shard, wire.Heartbeat(self._info.worker_id, self._load(), self.draining))
-            if isinstance(reply, wire.HeartbeatAck) and (not reply.known or reply.epoch != self._epochs.get(shard)):
-                log.warning("directory shard %d has lost its state; announcing again", shard)
-                await self._register(shard)
+            try:
+                message = wire.Heartbeat(self._info.worker_id, self._load(), self.draining)
+                reply = await self._ask(shard, message, probe=True)
+                if not isinstance(reply, wire.HeartbeatAck):
+                    continue
+                if not reply.known or reply.epoch != shard.epoch:
+                    log.warning("directory shard %d lacks what is held here; announcing again", shard.number)
+                    await self._register(shard)
+                if shard.unclaimed:
+                    shard.wake.set()
+            except Exception:
+                log.exception("a heartbeat to directory shard %d failed", shard.number)
 
-    async def _send_batches(self) -> None:
+    async def _speak(self, shard: _Shard) -> None:
+        """Send what the shard is to be told, in batches; after a failure, it is told everything."""
         assert self._info is not None
+        own = self._info.worker_id
         while True:
-            await self._batch.wait()
+            await shard.wake.wait()
             await asyncio.sleep(BATCH_S)
-            self._batch.clear()
-            entries, self._announcing = self._announcing, []
-            objects, self._retracting = self._retracting, []
-            messages: list[tuple[int, wire.Message]] = []
-            for shard in range(len(self._shards)):
-                gone = tuple(o for o in objects if self._shard(o[0]) == shard)
-                here = tuple(e for e in entries if self._shard(e.key) == shard)
-                if gone:
-                    messages.append((shard, wire.Retract(self._info.worker_id, gone)))
-                if here:
-                    messages.append((shard, wire.Announce(self._info.worker_id, here)))
-            for shard, message in messages:
-                await self._try(shard, message)
+            shard.wake.clear()
+            here, shard.here = tuple(shard.here), []
+            gone, shard.gone = tuple(shard.gone), []
+            unclaimed = tuple(shard.unclaimed)
+            heard = True
+            if gone:
+                heard &= await self._ask(shard, wire.Retract(own, gone)) is not None
+            if here:
+                heard &= await self._ask(shard, wire.Announce(own, here)) is not None
+            if not heard:
+                shard.epoch = None
+            for kind, key in unclaimed:
+                if (kind, key) not in shard.unclaimed:
+                    continue  # claimed again meanwhile
+                if await self._ask(shard, wire.Unclaim(own, key, kind)) is not None:
+                    shard.unclaimed.discard((kind, key))
 
-    def _shard(self, key: ContentKey) -> int:
+    def _shard(self, key: ContentKey) -> _Shard:
         """Rendezvous hashing over shard numbers: a shard keeps its keys when its address changes."""
-        return int(ranked(key, [str(shard) for shard in range(len(self._shards))])[0])
+        return self._shards[int(ranked(key, [str(shard.number) for shard in self._shards])[0])]
 
-    async def _try(self, shard: int, message: wire.Message, timeout_s: float = CALL_TIMEOUT_S) -> wire.Message | None:
-        """The reply; None if the shard does not answer, whose address is then looked up again."""
+    async def _ask(
+        self, shard: _Shard, message: wire.Message, timeout_s: float = CALL_TIMEOUT_S, *, probe: bool = False
+    ) -> wire.Message | None:
+        """The reply; None if the shard does not answer. Its address is then looked up again, and only probes are sent
+        there until one is answered."""
+        if not (shard.reachable or probe):
+            return None
+        address = shard.address
         try:
-            return await self._rpc.call(self._shards[shard], message, timeout_s=timeout_s)
+            reply = await self._rpc.call(address, message, timeout_s=timeout_s)
         except VLCacheError as error:
-            log.warning("directory shard %d did not answer %s: %s", shard, type(message).__name__, error)
+            if shard.reachable:
+                log.warning("directory shard %d did not answer %s: %s", shard.number, type(message).__name__, error)
+            if shard.address == address:
+                shard.reachable = False
+                self._look_up_again()
+            return None
+        if not shard.reachable:
+            log.info("directory shard %d answers again", shard.number)
+        shard.reachable = True
+        return reply
+
+    def _look_up_again(self) -> None:
+        if self._resolving is None or self._resolving.done():
+            self._resolving = asyncio.create_task(self._look_up())
+
+    async def _look_up(self) -> None:
         try:
             addresses = list(await self._resolve())
-        except VLCacheError as error:
-            log.warning("the directory's addresses cannot be had: %s", error)
-            return None
-        if len(addresses) == len(self._shards):
-            self._shards = addresses
-        return None
+        except Exception as error:
+            log.warning("the directory's addresses cannot be had: %s: %s", type(error).__name__, error)
+            return
+        if len(addresses) != len(self._shards):
+            log.warning("the directory has %d shards now, and %d before", len(addresses), len(self._shards))
+            return
+        for shard, address in zip(self._shards, addresses, strict=True):
+            shard.address = address

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from vlcache_dist import wire
 from vlcache_dist.cache_directory.state import DirectoryState, Name
 from vlcache_dist.rpc import Call, Handler, RpcServer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Waiters:
+    """Those who wait for one name."""
+
+    event: asyncio.Event = field(default_factory=asyncio.Event)
+    count: int = 0
 
 
 class DirectoryServer:
@@ -18,7 +30,7 @@ class DirectoryServer:
     def __init__(self, host: str = "127.0.0.1", *, heartbeat_s: float = 0.5, expiry_s: float = 3.0) -> None:
         self.state = DirectoryState(uuid.uuid4().hex, expiry_s=expiry_s)
         self._heartbeat_s = heartbeat_s
-        self._waiters: dict[Name, asyncio.Event] = {}
+        self._waiters: dict[Name, _Waiters] = {}
         self._timer: asyncio.Task[None] | None = None
         self.rpc = RpcServer(host)
         handlers: dict[type[wire.Message], Handler] = {
@@ -37,9 +49,9 @@ class DirectoryServer:
         for kind, handler in handlers.items():
             self.rpc.handle(kind, handler)
 
-    async def start(self) -> str:
-        """Returns the address."""
-        address = await self.rpc.start()
+    async def start(self, port: int | None = None) -> str:
+        """Listen on ``port``, or a free one; returns the address."""
+        address = await self.rpc.start(port)
         self._timer = asyncio.create_task(self._expire())
         return address
 
@@ -49,14 +61,23 @@ class DirectoryServer:
         await self.rpc.close()
 
     async def _expire(self) -> None:
+        period = self.state.expiry_s / 6
+        before = time.monotonic()
         while True:
-            await asyncio.sleep(self.state.expiry_s / 6)
-            self._wake(self.state.expire(time.monotonic()))
+            await asyncio.sleep(period)
+            now = time.monotonic()
+            overslept, before = now - before > 2 * period, now
+            if overslept:
+                continue  # this process was stopped: heartbeats that came meanwhile are still to be read
+            try:
+                self._wake(self.state.expire(now))
+            except Exception:
+                log.exception("expiring members and claims failed")
 
     def _wake(self, names: Iterable[Name]) -> None:
         for name in names:
-            if (event := self._waiters.pop(name, None)) is not None:
-                event.set()
+            if (waiters := self._waiters.pop(name, None)) is not None:
+                waiters.event.set()
 
     async def _register(self, message: wire.Register, call: Call) -> wire.Registered:
         self._wake(self.state.register(message.info, time.monotonic()))
@@ -95,13 +116,18 @@ class DirectoryServer:
     async def _await(self, message: wire.Await, call: Call) -> wire.Awaited:
         name = (message.kind, message.key)
         if not self.state.settled(name):
-            event = self._waiters.setdefault(name, asyncio.Event())
+            waiters = self._waiters.setdefault(name, _Waiters())
+            waiters.count += 1
             try:
                 async with asyncio.timeout(message.timeout_s):
-                    await event.wait()
+                    await waiters.event.wait()
             except TimeoutError:
                 return wire.Awaited(())
+            finally:
+                waiters.count -= 1
+                if not waiters.count and self._waiters.get(name) is waiters:
+                    del self._waiters[name]
         return wire.Awaited(self.state.holders(name))
 
     async def _status(self, message: wire.Status, call: Call) -> wire.StatusReply:
-        return wire.StatusReply(self.state.stats())
+        return wire.StatusReply({**self.state.stats(), "waited_for": len(self._waiters)})

@@ -1,7 +1,7 @@
 """What one shard of the cache directory knows, as a state machine. Pure: time is an argument, nothing is sent.
 
-The directory is a hint, the holder is the authority: a stale entry costs its reader a round trip, never wrong bytes. All
-of it is soft state. A shard that restarts is empty and has a new epoch, and members announce again.
+The directory is a hint, the holder is the authority: a stale entry costs its reader a round trip, never wrong bytes.
+All of it is soft state. A shard that restarts is empty and has a new epoch, and members announce again.
 """
 
 from __future__ import annotations
