@@ -7,6 +7,7 @@ rows travel for every request. Plain Python over a ``Node`` and an ``Engine``; t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -18,13 +19,14 @@ from vlcache_dist.engine.api import Admitted, Import, Mode
 from vlcache_dist.engine.bridge import EngineBridge, next_tokens
 from vlcache_dist.engine.engine import Engine
 from vlcache_dist.engine.warmup import warm_up
-from vlcache_dist.errors import EngineError, TransferFailed, VLCacheError
+from vlcache_dist.errors import EngineError, StoreFull, TransferFailed, VLCacheError, WorkerLost
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
 from vlcache_dist.rpc import Call
 from vlcache_dist.types import ObjectKind
 
 log = logging.getLogger(__name__)
+ROOM_PATIENCE_S, ROOM_PAUSE_S = 5.0, 0.02  #: with a store that is full of what is in use
 
 
 class DecodeWorker:
@@ -80,10 +82,11 @@ class DecodeWorker:
             event = await EngineBridge.next_event(queue, deadline)
             if not isinstance(event, Admitted):
                 raise EngineError(f"{type(event).__name__} came before admission")
-            kv, moved, images = await self._take(message)
+            kv, moved, images = await self._take_with_patience(message, deadline)
             taken = True
             self._release_ticket(message.handoff)
-            await self._bridge.call(lambda engine: engine.import_sequence(request_id, message.first_token, kv))
+            # Not to be cancelled half-way: either the engine takes the extents over, or they are given back.
+            await asyncio.shield(self.node.spawn(self._import(request_id, message.first_token, kv)))
             while not finished:
                 tokens = await next_tokens(queue, deadline)
                 finished = tokens.finish is not None
@@ -93,8 +96,33 @@ class DecodeWorker:
             if not taken:
                 self._release_ticket(message.handoff)
             if not finished:
-                await self._bridge.call(lambda engine: engine.abort(request_id))
+                with contextlib.suppress(WorkerLost):  # an engine that has stopped holds nothing back
+                    await self._bridge.call(lambda engine: engine.abort(request_id))
             self._bridge.shut(request_id)
+
+    async def _import(self, request_id: str, first_token: int, kv: Import) -> None:
+        try:
+            await self._bridge.call(lambda engine: engine.import_sequence(request_id, first_token, kv))
+        except BaseException:  # nothing was taken over
+            for extent in kv.objects.values():
+                self.node.store.unpin(extent)
+            if kv.staging is not None:
+                self.node.store.abort(kv.staging)
+            raise
+
+    async def _take_with_patience(self, message: wire.Decode, deadline: float) -> tuple[Import, int, int]:
+        """``_take``, waiting for room if the store is full of what other requests hold for a moment."""
+        loop = asyncio.get_running_loop()
+        give_up = min(deadline, loop.time() + ROOM_PATIENCE_S)
+        while True:
+            try:
+                return await self._take(message)
+            except StoreFull as error:
+                if loop.time() + ROOM_PAUSE_S > give_up:
+                    raise TransferFailed(
+                        f"no room for the handoff from {message.handoff.worker_id}: {error}"
+                    ) from error
+            await asyncio.sleep(ROOM_PAUSE_S)
 
     async def _take(self, message: wire.Decode) -> tuple[Import, int, int]:
         """The handoff's KV in this worker's arena: (what to import, bytes moved, image objects fetched)."""
@@ -123,7 +151,7 @@ class DecodeWorker:
         except BaseException as error:
             for extent in objects.values():
                 store.unpin(extent)
-            if isinstance(error, VLCacheError):
+            if isinstance(error, VLCacheError) and not isinstance(error, StoreFull):
                 raise TransferFailed(f"the handoff from {handoff.worker_id} failed: {error}") from error
             raise
         self._images_fetched += images

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,7 +17,15 @@ import torch
 
 from vlcache_dist import wire
 from vlcache_dist.encoder_workers.scheduler import EncodeJob, EncodeScheduler
-from vlcache_dist.errors import DeadlineExceeded, InvalidMedia, Overloaded, ProtocolError, VLCacheError
+from vlcache_dist.errors import (
+    DeadlineExceeded,
+    EngineError,
+    InvalidMedia,
+    Overloaded,
+    ProtocolError,
+    VLCacheError,
+    WorkerLost,
+)
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.media import MediaItem, MediaProcessor, Patches
 from vlcache_dist.node import Node
@@ -39,6 +47,7 @@ class _Task:
 
     span: MediaSpan
     private: bool
+    offers: list[tuple[wire.Encode, list[bytes]]] = field(default_factory=list)  # who can give the bytes
     patches: Patches | None = None
     result: asyncio.Future[Extent] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     waiters: int = 0
@@ -68,12 +77,14 @@ class EncoderWorker:
         self._wake = asyncio.Event()
         self._decoders = ThreadPoolExecutor(2, thread_name_prefix="decode-media")
         self._device = ThreadPoolExecutor(1, thread_name_prefix="vision-tower")
+        self._crashed: Exception | None = None
         self.num_encoded = 0
         self.encoded_tokens = 0
         self.busy_s = 0.0
         node.handle(wire.Encode, self.encode)
         node.on_load(self.load)
         node.on_status(self.status)
+        node.on_health(lambda: self._crashed is None)
 
     async def start(self) -> None:
         await self.node.start()
@@ -98,16 +109,20 @@ class EncoderWorker:
     async def encode(self, message: wire.Encode, call: Call) -> wire.Encoded:
         """Handler of ``wire.Encode``: answers when the encoder output is committed here."""
         key = message.span.key
+        if self._crashed is not None:
+            raise WorkerLost(f"this encoder has stopped: {self._crashed}")
         if (extent := self.node.store.lookup(ObjectKind.EMBEDDING, key)) is not None:
             return wire.Encoded(self.node.holder_of(extent), computed=False)
         task = self._tasks.get(key)
         computed = task is None
         if task is None:
-            if self._scheduler.waiting_tokens > self._max_waiting_tokens:
-                raise Overloaded(f"{self._scheduler.waiting_tokens} vision tokens wait for the encoder")
+            waiting = sum(other.span.length for other in self._tasks.values())
+            if waiting > self._max_waiting_tokens:
+                raise Overloaded(f"{waiting} vision tokens wait for the encoder")
             task = self._tasks[key] = _Task(message.span, message.private)
-            self.node.spawn(self._prepare(task, message, call))
+            self.node.spawn(self._prepare(task))
         task.waiters += 1
+        task.offers.append((message, call.attachments))
         try:
             async with asyncio.timeout(message.timeout_s):
                 extent = await asyncio.shield(task.result)
@@ -119,11 +134,11 @@ class EncoderWorker:
                 self._finish(task, None)  # nobody waits and it has not started: forget it
         return wire.Encoded(self.node.holder_of(extent), computed)
 
-    async def _prepare(self, task: _Task, message: wire.Encode, call: Call) -> None:
+    async def _prepare(self, task: _Task) -> None:
         """Get the bytes, decode them off the loop, queue the picture."""
         span = task.span
         try:
-            files = call.attachments or await self._pull(message)
+            files = await self._bytes(task)
             item = MediaItem.of(span.modality, tuple(files), where=f"item {span.index}")
             loop = asyncio.get_running_loop()
             patches = await loop.run_in_executor(self._decoders, self._processor.patches, item)
@@ -132,12 +147,28 @@ class EncoderWorker:
         except VLCacheError as error:
             self._finish(task, error)
             return
+        except Exception as error:
+            log.exception("decoding item %d failed", span.index)
+            self._finish(task, InvalidMedia(f"item {span.index} cannot be decoded: {type(error).__name__}: {error}"))
+            return
+        task.offers.clear()
         if task.waiters == 0:
             self._finish(task, None)
             return
         task.patches = patches
         self._scheduler.add(EncodeJob(span.key, len(patches.values), span.length))
         self._wake.set()
+
+    async def _bytes(self, task: _Task) -> Sequence[bytes]:
+        """From any of those who want the picture: the first to ask may be gone before its bytes were fetched."""
+        failure: VLCacheError | None = None
+        while task.offers:
+            message, attached = task.offers.pop(0)
+            try:
+                return attached or await self._pull(message)
+            except VLCacheError as error:
+                failure = error
+        raise failure or ProtocolError("nobody offers the picture's bytes")
 
     async def _pull(self, message: wire.Encode) -> Sequence[bytes]:
         source = message.source
@@ -149,11 +180,17 @@ class EncoderWorker:
         return files
 
     async def _encode_forever(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while batch := self._scheduler.next_batch():
-                await self._encode_batch([self._tasks[job.key] for job in batch])
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                while batch := self._scheduler.next_batch():
+                    await self._encode_batch([self._tasks[job.key] for job in batch])
+        except Exception as error:
+            self._crashed = error
+            for task in list(self._tasks.values()):
+                self._finish(task, WorkerLost(f"this encoder has stopped: {error}"))
+            raise
 
     async def _encode_batch(self, tasks: list[_Task]) -> None:
         """One forward pass; if it fails with several pictures, each is tried alone."""
@@ -167,7 +204,8 @@ class EncoderWorker:
                     await self._encode_batch([task])
                 return
             log.exception("encoding %s failed", tasks[0].span.key.hex()[:16])
-            self._finish(tasks[0], error if isinstance(error, VLCacheError) else InvalidMedia(f"encoding failed: {error}"))
+            known = isinstance(error, VLCacheError)
+            self._finish(tasks[0], error if known else EngineError(f"encoding failed: {type(error).__name__}: {error}"))
             return
         finally:
             self.busy_s += time.perf_counter() - started

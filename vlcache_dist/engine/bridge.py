@@ -60,7 +60,10 @@ class EngineBridge:
         return queue
 
     def shut(self, request_id: str) -> None:
-        self._queues.pop(request_id, None)
+        """Close a request's queue; what nobody has read is stray. Idempotent."""
+        queue = self._queues.pop(request_id, None)
+        while queue is not None and not queue.empty():
+            self._on_stray(queue.get_nowait())
 
     @staticmethod
     async def next_event(queue: asyncio.Queue[Event], deadline: float) -> Event:

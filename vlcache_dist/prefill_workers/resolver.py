@@ -27,7 +27,9 @@ from vlcache_dist.errors import (
     BadRequest,
     CacheError,
     DeadlineExceeded,
+    EngineError,
     Overloaded,
+    ProtocolError,
     StoreFull,
     VLCacheError,
     WorkerLost,
@@ -77,7 +79,22 @@ class SpanResolver:
             await asyncio.shield(asyncio.ensure_future(self._provide(index, source)))
 
     async def _provide(self, index: int, source: Compute | Reuse) -> None:
-        await self._on_engine(lambda engine: engine.provide(self._generation.request_id, index, source))
+        try:
+            await self._on_engine(lambda engine: engine.provide(self._generation.request_id, index, source))
+        except BaseException:  # nothing was taken over
+            self._give_back(source)
+            raise
+
+    def _give_back(self, source: Compute | Reuse) -> None:
+        store = self._node.store
+        for extent in (source.embedding, source.kv if isinstance(source, Reuse) else None):
+            if extent is not None:
+                store.unpin(extent)
+                if extent.kind is ObjectKind.STAGING:
+                    store.discard(extent)
+        if isinstance(source, Compute) and source.record is not None:
+            store.abort(source.record)
+            self._give_up(source.record.key)
 
     def settle(self, key: ContentKey) -> None:
         """The engine recorded the span, or dropped the record: this request's claim on ``key`` is over."""
@@ -137,11 +154,11 @@ class SpanResolver:
 
     async def _reuse(self, span: MediaSpan, kv: Extent, source: KVSource, holder: str = "") -> Reuse:
         """A source from a pinned KV object, with the encoder output of the rows to recompute."""
-        depths = self._plan.depths(span.length, self._node.layout.num_layers)
         moved = kv.elements * self._node.layout.itemsize if source is KVSource.REMOTE else 0
-        recomputed = np.flatnonzero(depths)
         embedding = None
         try:
+            depths = self._plan.depths(span.length, self._node.layout.num_layers)
+            recomputed = np.flatnonzero(depths)
             if len(recomputed):
                 embedding = await self._embedding(span, int(recomputed[-1]) + 1)
         except BaseException:
@@ -157,7 +174,7 @@ class SpanResolver:
             return False
         try:
             granted = (await self._node.claim(ObjectKind.KV, key)).granted
-        except BaseException:
+        except BaseException:  # the directory client gives a claim back whose granting it has not seen
             self._production.end(key)
             raise
         if not granted:
@@ -182,7 +199,10 @@ class SpanResolver:
         if state.producer is None or state.producer == self._node.worker_id:
             return False
         await self._settled.wait()
-        await self._node.await_key(ObjectKind.KV, key, patience)
+        if state.kv:  # all tried in vain: the directory would answer at once, again and again
+            await asyncio.sleep(LONGEST_PAUSE_S)
+        else:
+            await self._node.await_key(ObjectKind.KV, key, patience)
         return True
 
     def _record_extent(self, span: MediaSpan) -> Extent | None:
@@ -240,6 +260,8 @@ class SpanResolver:
                 raise
             except VLCacheError as error:
                 failures.append(error)
+        if failures and all(isinstance(error, EngineError) for error in failures):
+            raise failures[-1]
         why = "; ".join(map(str, failures)) or "none is alive"
         log.warning("no encoder output of %s: %s", span.key.hex()[:16], why)
         if failures and isinstance(failures[-1], StoreFull):
@@ -253,7 +275,8 @@ class SpanResolver:
         private = self._generation.reuse is ReuseMode.OFF
         message = wire.Encode(span, self._source, timeout_s=remaining, private=private)
         reply = await self._node.client.call(address, message, timeout_s=remaining)
-        assert isinstance(reply, wire.Encoded)
+        if not isinstance(reply, wire.Encoded):
+            raise ProtocolError(f"Encode was answered with {type(reply).__name__}")
         extent = await self._node.fetch(reply.holder, ObjectKind.EMBEDDING, span, rows=rows, private=private)
         if private:
             self._node.forget(address, ObjectKind.EMBEDDING, span.key)

@@ -7,6 +7,7 @@ Plain Python over a ``Node`` and an ``Engine``; the Ray actor around it is in ``
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -15,11 +16,11 @@ from dataclasses import dataclass
 import msgspec
 
 from vlcache_dist import wire
-from vlcache_dist.engine.api import Admitted, Event, Mode, PrefillDone, RecordDropped, SpanRecorded, TokenEvent
+from vlcache_dist.engine.api import Admitted, Event, Export, Mode, PrefillDone, RecordDropped, SpanRecorded, TokenEvent
 from vlcache_dist.engine.bridge import EngineBridge, next_tokens
 from vlcache_dist.engine.engine import Engine
 from vlcache_dist.engine.warmup import warm_up
-from vlcache_dist.errors import EngineError
+from vlcache_dist.errors import DeadlineExceeded, EngineError, StoreFull, WorkerLost
 from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.production import LocalProduction
 from vlcache_dist.prefill_workers.resolver import SpanResolver
@@ -29,6 +30,7 @@ from vlcache_dist.types import ObjectKind, ReuseMode, Role
 log = logging.getLogger(__name__)
 SPEED_WEIGHT = 0.3  #: of the latest measurement in the reported tokens/s
 MEASURE_S = 0.05  #: engine time that a measurement covers at least
+EXPORT_PATIENCE_S, EXPORT_PAUSE_S = 5.0, 0.02  #: with a store that is full of other handoffs
 
 
 @dataclass(slots=True)
@@ -139,17 +141,18 @@ class PrefillWorker:
                         yield tokens
                     return
         finally:
+            # In this order: nothing is provided any more; the engine frees what it holds; what it recorded before that
+            # is announced; and only then are the claims that are left given up, which wakes those who wait for them.
             if resolving is not None:
                 resolving.cancel()
                 await asyncio.gather(resolving, return_exceptions=True)
+            if not finished:
+                await self._abort(request_id)
+            self._bridge.shut(request_id)
+            del self._resolvers[request_id]
             resolver.close()
             if generation.reuse is ReuseMode.OFF:
                 self._discard_private(generation)
-            if not finished:
-                self._parked.pop(request_id, None)
-                await self._bridge.call(lambda engine: engine.abort(request_id))
-            self._bridge.shut(request_id)
-            del self._resolvers[request_id]
 
     async def release_handoff(self, message: wire.ReleaseHandoff, call: Call) -> wire.Ok:
         """Handler of ``wire.ReleaseHandoff``; an unknown ticket is fine (it expired, or was released before)."""
@@ -173,8 +176,10 @@ class PrefillWorker:
             coming.cancel()
 
     async def _park(self, request_id: str, deadline: float) -> wire.Handoff:
-        export = await self._bridge.call(lambda engine: engine.export(request_id, time.monotonic()))
+        export = await self._export(request_id, deadline)
         remaining = deadline - asyncio.get_running_loop().time()
+        if remaining <= 0:
+            raise DeadlineExceeded("the request's time was over before it could be handed over")
         lease = self.node.lease(export.staging, remaining) if export.staging is not None else None
         self._parked[request_id] = _Parked(request_id, lease, deadline)
         return wire.Handoff(
@@ -187,13 +192,33 @@ class PrefillWorker:
             staging=lease,
         )
 
+    async def _export(self, request_id: str, deadline: float) -> Export:
+        """Pack the rows to hand over. A full store is waited for: other handoffs end soon. Raises StoreFull."""
+        loop = asyncio.get_running_loop()
+        give_up = min(deadline, loop.time() + EXPORT_PATIENCE_S)
+        while True:
+            try:
+                return await self._bridge.call(lambda engine: engine.export(request_id, time.monotonic()))
+            except StoreFull:
+                if loop.time() + EXPORT_PAUSE_S > give_up:
+                    raise
+            await asyncio.sleep(EXPORT_PAUSE_S)
+
     async def _release(self, ticket: str) -> None:
+        if self._unpark(ticket):
+            await self._bridge.call(lambda engine: engine.release(ticket))
+
+    async def _abort(self, request_id: str) -> None:
+        self._unpark(request_id)
+        with contextlib.suppress(WorkerLost):  # an engine that has stopped holds nothing back
+            await self._bridge.call(lambda engine: engine.abort(request_id))
+
+    def _unpark(self, ticket: str) -> bool:
+        """Take a ticket and its lease back; False if there is none."""
         parked = self._parked.pop(ticket, None)
-        if parked is None:
-            return
-        if parked.lease is not None:
+        if parked is not None and parked.lease is not None:
             self.node.store.release(parked.lease.lease_id, parked.lease.generation, time.monotonic())
-        await self._bridge.call(lambda engine: engine.release(ticket))
+        return parked is not None
 
     async def _expire_parked(self) -> None:
         """Free what nobody came for: the ingress or the decode worker died."""
@@ -202,7 +227,8 @@ class PrefillWorker:
             await asyncio.sleep(1.0)
             for ticket in [t for t, parked in self._parked.items() if parked.expires <= loop.time()]:
                 log.warning("nobody took over %s in time; its KV is freed", ticket)
-                await self._release(ticket)
+                with contextlib.suppress(WorkerLost):
+                    await self._release(ticket)
 
     def _discard_private(self, generation: wire.Generation) -> None:
         """What ``reuse=off`` computed serves nobody else."""
@@ -235,6 +261,6 @@ class PrefillWorker:
             resolver.settle(key)
 
     def _stray(self, event: Event) -> None:
-        """Records that end after their request was closed."""
-        if isinstance(event, SpanRecorded | RecordDropped):
+        """What was recorded when its request ended is announced; a record dropped then was given up with its claim."""
+        if isinstance(event, SpanRecorded):
             self._settle(event, self._resolvers.get(event.request_id))

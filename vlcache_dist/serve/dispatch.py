@@ -38,8 +38,10 @@ class Dispatcher:
     def choose_prefill(
         self, demand: Demand, pin: str | None, exclude: Iterable[WorkerId]
     ) -> tuple[wire.Member, Choice]:
-        """Raises WorkerLost if nobody is left, BadRequest for an unknown ``pin``."""
+        """``exclude``: who has failed this request; they get another chance if nobody else is there. Raises WorkerLost
+        if nobody is, BadRequest for an unknown ``pin``."""
         members = self.workers(Role.PREFILL, Role.COLOCATED)
+        exclude = self._avoidable([m for m in members if pin in (None, m.info.name, m.info.worker_id)], exclude)
         candidates = [
             Candidate(
                 m.info.worker_id,
@@ -57,26 +59,39 @@ class Dispatcher:
         return self.member(choice.worker_id), choice
 
     def choose_decode(self, exclude: Iterable[WorkerId]) -> wire.Member:
-        """The decode worker with the fewest sequences. Raises WorkerLost if nobody is left."""
-        excluded = set(exclude)
-        members = [m for m in self.workers(Role.DECODE, Role.COLOCATED) if m.info.worker_id not in excluded]
+        """The decode worker with the fewest sequences; ``exclude`` as above. Raises WorkerLost if there is none."""
+        members = self.workers(Role.DECODE, Role.COLOCATED)
+        excluded = self._avoidable(members, exclude)
+        members = [m for m in members if m.info.worker_id not in excluded]
         if not members:
             raise WorkerLost("no decode worker is available")
         return min(members, key=lambda m: (self._streams.get(m.info.worker_id, 0), m.load.running, m.info.name))
 
+    @staticmethod
+    def _avoidable(members: Sequence[wire.Member], exclude: Iterable[WorkerId]) -> set[WorkerId]:
+        excluded = set(exclude)
+        return excluded if any(m.info.worker_id not in excluded for m in members) else set()
+
     @contextmanager
     def prefilling(self, worker_id: WorkerId, active_tokens: int) -> Iterator[None]:
         """Count a request in flight."""
-        self._sent[worker_id] = self._sent.get(worker_id, 0) + active_tokens
-        try:
+        with _counted(self._sent, worker_id, active_tokens):
             yield
-        finally:
-            self._sent[worker_id] -= active_tokens
 
     @contextmanager
     def decoding(self, worker_id: WorkerId) -> Iterator[None]:
-        self._streams[worker_id] = self._streams.get(worker_id, 0) + 1
-        try:
+        """Count a sequence that is decoded there."""
+        with _counted(self._streams, worker_id, 1):
             yield
-        finally:
-            self._streams[worker_id] -= 1
+
+
+@contextmanager
+def _counted(counts: dict[WorkerId, int], worker_id: WorkerId, amount: int) -> Iterator[None]:
+    """Incarnations come and go: one without requests is not listed."""
+    counts[worker_id] = counts.get(worker_id, 0) + amount
+    try:
+        yield
+    finally:
+        counts[worker_id] -= amount
+        if not counts[worker_id]:
+            del counts[worker_id]

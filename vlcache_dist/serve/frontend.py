@@ -18,7 +18,15 @@ import msgspec
 
 from vlcache_dist import wire
 from vlcache_dist.config import Settings
-from vlcache_dist.errors import BadRequest, CacheError, DeadlineExceeded, ProtocolError, VLCacheError, WorkerLost
+from vlcache_dist.errors import (
+    BadRequest,
+    CacheError,
+    DeadlineExceeded,
+    Overloaded,
+    ProtocolError,
+    VLCacheError,
+    WorkerLost,
+)
 from vlcache_dist.hashing import ModelIdentity, tenant_salt
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.media import MediaItem, MediaProcessor
@@ -146,8 +154,12 @@ class Frontend:
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """See ``ChatBackend.chat``."""
+        ahead: list[asyncio.Task[None]] = []
+        if request.request_id in self._media:
+            raise BadRequest(f"request {request.request_id!r} is under way already")
+        self._media[request.request_id] = []
         try:
-            answer = await self._prepare(request)
+            answer = await self._prepare(request, ahead)
             stream = AnswerStream(self._tokens, answer.sampling)
             async with aclosing(self._generate(answer)) as tokens:
                 async for token_id, logprobs in tokens:
@@ -161,12 +173,14 @@ class Frontend:
                 yield stream.finish()
             yield self._done(answer)
         finally:
-            self._media.pop(request.request_id, None)
+            for task in ahead:
+                task.cancel()  # what the encoder has not begun is for nobody any more
+            del self._media[request.request_id]
 
     # -- before the pools ---------------------------------------------------------------------------------------
 
-    async def _prepare(self, request: ChatRequest) -> _Answer:
-        """Media, keys, prompt. Nothing is decoded for a picture that the directory knows."""
+    async def _prepare(self, request: ChatRequest, ahead: list[asyncio.Task[None]]) -> _Answer:
+        """Media, keys, prompt. Nothing is decoded for a picture that the directory knows; the others are sent ahead."""
         started = time.monotonic()
         reuse = request.reuse or self._settings.engine.reuse
         if request.plan is not None and reuse is not ReuseMode.APPROX:
@@ -189,10 +203,10 @@ class Frontend:
         answer = _Answer(
             request, reuse, plan, prompt, sampling, states, started + self._settings.serve.request_timeout_s, started
         )
-        self._encode_ahead(answer)
+        self._encode_ahead(answer, ahead)
         return answer
 
-    def _encode_ahead(self, answer: _Answer) -> None:
+    def _encode_ahead(self, answer: _Answer, ahead: list[asyncio.Task[None]]) -> None:
         """Send pictures that nobody knows to an encoder at once: it works while the request finds its way."""
         seen: set[bytes] = set()
         off = answer.reuse is ReuseMode.OFF
@@ -204,7 +218,7 @@ class Frontend:
             if addresses:
                 message = wire.Encode(span, self._source(answer), answer.remaining(), private=off)
                 files = self._media[answer.request.request_id][span.index].frames
-                self.node.spawn(self._encode(addresses[0], message, files))
+                ahead.append(self.node.spawn(self._encode(addresses[0], message, files)))
 
     async def _encode(self, address: str, message: wire.Encode, files: Sequence[bytes]) -> None:
         try:
@@ -243,8 +257,10 @@ class Frontend:
                     async for token in tokens:
                         handoff = None  # taken over
                         yield token
-            except (WorkerLost, CacheError) as error:
+            except (WorkerLost, CacheError, Overloaded) as error:
                 if answer.attempts >= MAX_ATTEMPTS:
+                    if isinstance(error, Overloaded):
+                        raise
                     raise WorkerLost(f"gave up after {answer.attempts} attempts: {error}") from error
                 known = len(answer.generated)
                 log.warning("%s: %s; trying again behind %d tokens", answer.request.request_id, error, known)
@@ -265,7 +281,8 @@ class Frontend:
                 timeout_s = answer.remaining()
                 async with self.node.client.stream(member.info.address, message, timeout_s=timeout_s) as replies:
                     async for reply in replies:
-                        assert isinstance(reply, wire.Prefilled | wire.Tokens)
+                        if not isinstance(reply, wire.Prefilled | wire.Tokens):
+                            raise ProtocolError(f"Prefill was answered with {type(reply).__name__}")
                         if isinstance(reply, wire.Prefilled):
                             counted.close()
                             if answer.first is None:
@@ -276,7 +293,7 @@ class Frontend:
                         yield reply
                         if isinstance(reply, wire.Prefilled) and (reply.finish or reply.handoff):
                             return
-        except WorkerLost:
+        except (WorkerLost, Overloaded):
             answer.lost.append(member.info.worker_id)
             raise
         if answer.finish is None:
@@ -304,11 +321,15 @@ class Frontend:
                 timeout_s = answer.remaining()
                 async with self.node.client.stream(member.info.address, message, timeout_s=timeout_s) as replies:
                     async for reply in replies:
-                        assert isinstance(reply, wire.Tokens)
+                        if not isinstance(reply, wire.Tokens):
+                            raise ProtocolError(f"Decode was answered with {type(reply).__name__}")
                         for token in self._take(answer, reply):
                             yield token
-        except WorkerLost:
+        except (WorkerLost, Overloaded):
             answer.lost.append(member.info.worker_id)
+            raise
+        except CacheError:
+            answer.lost.append(handoff.worker_id)  # whatever was wrong, another pair may do better
             raise
         if answer.finish is None:
             raise ProtocolError(f"{member.info.worker_id} ended without finishing")
