@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -41,6 +43,8 @@ def serve(
     config: Annotated[str | None, typer.Option(help="JSON or YAML file with settings; options above win")] = None,
 ) -> None:
     """Start the whole system and serve until Ctrl-C."""
+    if address is not None:
+        _use_ray_token()
     from vlcache_dist.serve.cluster import running
 
     console = Console(stderr=True)
@@ -126,6 +130,12 @@ def _status_row(worker: dict[str, Any]) -> list[str]:
         str(worker["transfers"]["reads"]),
         f"{worker['transfers']['bytes_read'] / 2**20:.1f} MiB",
     ]
+
+
+def _use_ray_token() -> None:
+    """A cluster that somebody started wants its token by default; Ray sends it only if told so before its import."""
+    if Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _settings(path: str | None, **sections: dict[str, Any]) -> Settings:

@@ -104,7 +104,7 @@ class ServeSettings(_Section):
     decodes: int = Field(default=1, ge=0, description="0: the prefill workers decode as well (colocated)")
     ingresses: int = Field(default=1, ge=1, description="HTTP replicas")
     gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each worker")
-    directory_shards: int = Field(default=1, ge=1)
+    directory_shards: int = Field(default=2, ge=1)
     transport: Literal["nixl", "memory"] = Field(
         default="nixl", description="'memory' works inside one process only (tests)"
     )

@@ -59,10 +59,17 @@ def _start_ray(settings: Settings) -> int:
     if own.port and own.address is None and not _is_free(own.host, own.port):
         raise ConfigError(f"port {own.port} of {own.host} is taken: choose another with --port")
     quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
-    if own.address is not None:
-        ray.init(address=own.address, **quiet)  # type: ignore[arg-type]
-    else:
+    if own.address is None:
         ray.init(num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
+        return port
+    _check_reachable(own.address)
+    try:
+        ray.init(address=own.address, **quiet)  # type: ignore[arg-type]
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"the Ray cluster at {own.address} cannot be joined: {str(error).splitlines()[0]} (is it running, and does "
+            "this process have its token, by RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH?)"
+        ) from error
     return port
 
 
@@ -96,6 +103,17 @@ def _stop(settings: Settings) -> None:
         shutdown_directory(own.app_name, own.directory_shards)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConfigError at once, where Ray would try for more than a minute."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "://" in address or not port.isdigit():
+        return  # "auto" and the like are Ray's to resolve
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise ConfigError(f"nothing answers at {address}, where the Ray cluster should be: {error}") from error
 
 
 def _free_port(host: str) -> int:
