@@ -199,7 +199,7 @@ def test_what_cannot_be_answered_is_refused(llm: LLM) -> None:
     with pytest.raises(BadRequest, match="reuse 'yes'"):
         llm.chat(ask, SHORT, reuse="yes")
     with pytest.raises(BadRequest, match="only approx"):
-        llm.chat(ask, SHORT, reuse="exact", plan="uniform:5")
+        llm.chat(ask, SHORT, reuse="exact", plan="uniform:7")
     with pytest.raises(InvalidPlan):
         llm.chat(ask, SHORT, plan="uniform:200")
     with pytest.raises(InvalidPlan, match="layers"):
