@@ -24,6 +24,7 @@ class Channel:
         self._fd = int(socket.getsockopt(zmq.FD))
         self._turn: asyncio.Handle | None = None
         self._loop.add_reader(self._fd, self._drain)
+        self._look()  # an edge that came before now will not come again
 
     @property
     def closed(self) -> bool:

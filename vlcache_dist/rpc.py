@@ -284,16 +284,22 @@ class _Pending:
         self._call = call
         self._frames: asyncio.Queue[tuple[int, list[bytes]] | VLCacheError] = asyncio.Queue()
         self._ended = False  # over there as well
-        self._timer = asyncio.get_running_loop().call_at(deadline, self._frames.put_nowait, late)
+        self._late: DeadlineExceeded | None = None
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._expire, late)
         connection.open[call] = self
 
     def deliver(self, item: tuple[int, list[bytes]] | VLCacheError) -> None:
         self._ended = isinstance(item, VLCacheError) or item[0] == END
         self._frames.put_nowait(item)
 
+    def _expire(self, late: DeadlineExceeded) -> None:
+        if not self._ended:
+            self._late = late  # a slow reader is not to work off first what came before
+            self._frames.put_nowait(late)
+
     async def next(self) -> tuple[int, list[bytes]]:
         """(kind, body) of the next frame. Raises what ended the call."""
-        item = await self._frames.get()
+        item = self._late or await self._frames.get()
         if isinstance(item, VLCacheError):
             raise item
         return item
@@ -419,7 +425,7 @@ class RpcClient:
             raise WorkerLost(f"{address!r} is no address: {error}") from error
         connection = self._connections[address] = _Connection(address, asyncio.get_running_loop().time())
         events = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
-        connection.monitor = Channel(events, lambda _: self._drop(connection, "has closed the connection"))
+        connection.monitor = Channel(events, lambda _: self._drop(connection, "refused or closed the connection"))
         connection.channel = Channel(socket, functools.partial(self._receive, connection))
         if self._watch is None:
             self._watch = asyncio.create_task(_every(self._ping_every_s, self._check_servers))
