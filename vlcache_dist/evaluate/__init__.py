@@ -1,0 +1,1 @@
+"""Quality of reuse: suites of questions under donor contexts, policies under one interface, detectors, plots."""

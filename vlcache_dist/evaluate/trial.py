@@ -1,0 +1,209 @@
+"""One batch of cases: computed in full, recorded under their donors, and recomputed in part over what was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vlcache_dist.evaluate.cases import Case, Donor
+from vlcache_dist.evaluate.dense import Captured, DenseCache
+from vlcache_dist.evaluate.workbench import Tokens, Workbench
+
+MAX_ANSWER = 12  #: tokens, the end-of-sequence token included
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Per case: next-token log-probabilities behind the prompt fp32 [B, vocab] and the greedy answer's tokens."""
+
+    logprobs: torch.Tensor
+    token_ids: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """Squared norms over heads of fresh minus cached K (unrotated) and V, and of the cached ones: [layer, B, M]."""
+
+    dk: np.ndarray
+    dv: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+
+class Trial:
+    """Vision tokens of case b are columns [0, sum of its spans) of every [B, M] array; the rest is padding.
+
+    ``columns[b]``: the slice of each span. ``known`` bool [B, M]: there is a recorded K, V."""
+
+    def __init__(self, bench: Workbench, cases: Sequence[Case]) -> None:
+        self.bench, self.cases, dense = bench, cases, bench.dense
+        donors = [d for case in self.cases for d in case.donors if d is not None]
+        bench.encode(p for case in self.cases for p in case.dialogue.pictures)
+        bench.encode(p for d in donors for p in d.dialogue.pictures)
+        self.tokens = [bench.tokens(case.dialogue) for case in self.cases]
+        self._length = max(len(t.ids) for t in self.tokens)
+        self._rows = self._length + MAX_ANSWER
+        self._x, index, self._positions = _stack(bench, self.tokens, self._rows)
+        self._cache = dense.new_cache(len(self.cases), self._rows)
+        self.columns: list[list[slice]] = []
+        for t in self.tokens:
+            edges = np.cumsum([0, *(span.length for span in t.spans)])
+            self.columns.append([slice(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)])
+        width = max(c[-1].stop for c in self.columns)
+        where = np.full((len(self.cases), width), self._rows, np.int64)
+        for b, t in enumerate(self.tokens):
+            for span, here in zip(t.spans, self.columns[b], strict=True):
+                where[b, here] = np.arange(span.start, span.end)
+        self._vision = torch.from_numpy(where).to(bench.device)  # cache rows of vision tokens
+        gather = self._vision.clamp(max=self._length - 1)
+        hidden, fresh = dense.run(self._x, index, self._positions, self._cache, capture=gather)
+        assert fresh is not None
+        self.full = self._answer(hidden[self._each, [len(t.ids) - 1 for t in self.tokens]], self._cache)
+        self.known = np.zeros(where.shape, bool)
+        self._vision_positions = self._positions.gather(2, gather[None].expand(3, -1, -1))
+        self._record(donors, fresh)
+        self.deviation = _deviation(fresh, self._kept)
+
+    @property
+    def num_layers(self) -> int:
+        return self.bench.dense.num_layers
+
+    @property
+    def _each(self) -> torch.Tensor:
+        return torch.arange(len(self.cases), device=self.bench.device)
+
+    def reuse(
+        self,
+        fresh: np.ndarray,
+        *,
+        rotated: bool = True,
+        only: Sequence[int] | None = None,
+        probes: np.ndarray | None = None,
+    ) -> tuple[Answers, Deviation | None]:
+        """Answers with cached K, V of every vision token and layer that ``fresh`` bool [layer, B, M] does not name.
+        ``only``: the cases to run (all); results are in their order. ``probes`` bool [B, M]: tokens, fresh in every
+        layer, whose deviation is wanted ([layer, B, M], 0 elsewhere). ``rotated=False`` leaves keys at the positions at
+        which they were recorded."""
+        dense, device = self.bench.dense, self.bench.device
+        picked = list(range(len(self.cases)) if only is None else only)
+        chosen = torch.tensor(picked, device=device)
+        fresh = fresh | ~self.known
+        cache = DenseCache(self._cache.k[:, chosen], self._cache.v[:, chosen])
+        kept = Captured(self._kept.k[:, chosen], self._kept.v[:, chosen])
+        to = self._vision_positions if rotated else self._kept_positions
+        known = torch.from_numpy(self.known[picked]).to(device)
+        index = torch.where(known, self._vision[chosen], self._rows)
+        dense.fill(cache, index, kept, to[:, chosen])
+
+        rows, columns = [], []
+        for b in picked:
+            t = self.tokens[b]
+            column = np.full(len(t.ids), -1)
+            for span, here in zip(t.spans, self.columns[b], strict=True):
+                column[span.start : span.end] = np.arange(here.start, here.stop)
+            active = np.arange(len(t.ids)) >= t.spans[0].start
+            vision = column >= 0
+            active[vision] = fresh[:, b, column[vision]].any(0)
+            rows.append(np.flatnonzero(active))
+            columns.append(column[rows[-1]])
+        widest = max(map(len, rows))
+        row = np.full((len(picked), widest), self._rows, np.int64)
+        mask = np.zeros((self.num_layers, len(picked), widest), bool)
+        for i, (b, r, c) in enumerate(zip(picked, rows, columns, strict=True)):
+            row[i, : len(r)] = r
+            mask[:, i, : len(r)] = np.where(c >= 0, fresh[:, b, c.clip(0)], True)
+        at = torch.from_numpy(row).to(device)
+        inside = at.clamp(max=self._length - 1)
+        x = self._x[chosen].gather(1, inside[..., None].expand(-1, -1, self._x.shape[-1]))
+        positions = self._positions[:, chosen].gather(2, inside[None].expand(3, -1, -1))
+        capture = None if probes is None else torch.arange(widest, device=device).expand(len(picked), -1)
+        hidden, seen = dense.run(x, at, positions, cache, torch.from_numpy(mask).to(device), capture)
+        answers = self._answer(hidden[torch.arange(len(picked)), [len(r) - 1 for r in rows]], cache, picked)
+        if probes is None or seen is None:
+            return answers, None
+        back = torch.zeros(len(picked), self.known.shape[1], dtype=torch.long)
+        for i, c in enumerate(columns):
+            back[i, c[c >= 0]] = torch.from_numpy(np.flatnonzero(c >= 0))
+        each = torch.arange(len(picked))[:, None]
+        dev = _deviation(Captured(seen.k[:, each, back], seen.v[:, each, back]), kept)
+        wanted = probes[picked] & self.known[picked]
+        return answers, Deviation(*(np.where(wanted, part, 0.0) for part in (dev.dk, dev.dv, dev.k, dev.v)))
+
+    def _record(self, donors: Sequence[Donor], like: Captured) -> None:
+        """Run every donor up to the end of its picture and keep the picture's K and V."""
+        bench, dense = self.bench, self.bench.dense
+        self._kept = Captured(torch.zeros_like(like.k), torch.zeros_like(like.v))
+        self._kept_positions = self._vision_positions.clone()
+        unique = list(dict.fromkeys(donors))
+        cut = []
+        for donor in unique:
+            t = bench.tokens(donor.dialogue)
+            stop = t.spans[donor.index].end
+            spans = t.spans[: donor.index + 1]
+            cut.append(Tokens(t.ids[:stop], t.positions[:, :stop], t.delta, spans, t.pictures))
+        found: dict[Donor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        for start in range(0, len(unique), 64):
+            part = cut[start : start + 64]
+            x, index, positions = _stack(bench, part, max(len(t.ids) for t in part))
+            at = [torch.arange(t.spans[-1].start, t.spans[-1].end) for t in part]
+            capture = torch.nn.utils.rnn.pad_sequence(at, batch_first=True).to(bench.device)
+            _, seen = dense.run(x, index, positions, dense.new_cache(len(part), x.shape[1]), capture=capture)
+            assert seen is not None
+            for i, donor in enumerate(unique[start : start + 64]):
+                n = len(at[i])
+                found[donor] = seen.k[:, i, :n], seen.v[:, i, :n], positions[:, i, at[i]]
+        for b, case in enumerate(self.cases):
+            for donor, here in zip(case.donors, self.columns[b], strict=True):
+                if donor is not None:
+                    self._kept.k[:, b, here], self._kept.v[:, b, here], self._kept_positions[:, b, here] = found[donor]
+                    self.known[b, here] = True
+
+    def _answer(self, hidden: torch.Tensor, cache: DenseCache, picked: Sequence[int] | None = None) -> Answers:
+        """Greedy decoding from the last prompt rows' hidden states [B, C]."""
+        dense, device = self.bench.dense, self.bench.device
+        chosen = list(range(len(self.cases)) if picked is None else picked)
+        lengths = torch.tensor([len(self.tokens[b].ids) for b in chosen], device=device)
+        deltas = torch.tensor([self.tokens[b].delta for b in chosen], device=device)
+        logits = dense.logits(hidden)
+        logprobs = logits.log_softmax(-1)
+        eos = torch.tensor(sorted(self.bench.config.eos_token_ids), device=device)
+        done = torch.zeros(len(chosen), dtype=torch.bool, device=device)
+        drawn = []
+        for step in range(MAX_ANSWER):
+            token = logits.argmax(-1)
+            drawn.append(token)
+            done |= torch.isin(token, eos)
+            if bool(done.all()) or step == MAX_ANSWER - 1:
+                break
+            at = lengths + step
+            position = (at + deltas).to(torch.int32)[None, :, None].expand(3, -1, -1)
+            hidden, _ = dense.run(dense.embed(token)[:, None], at[:, None], position, cache)
+            logits = dense.logits(hidden[:, 0])
+        return Answers(logprobs, torch.stack(drawn, 1).tolist())
+
+
+def _stack(
+    bench: Workbench, prompts: Sequence[Tokens], padding: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embedded prompts [B, L, C], their cache rows int64 [B, L] (``padding`` behind the end), positions [3, B, L]."""
+    length = max(len(t.ids) for t in prompts)
+    ids, positions = np.zeros((len(prompts), length), np.int64), np.zeros((3, len(prompts), length), np.int32)
+    index = np.full((len(prompts), length), padding, np.int64)
+    for b, t in enumerate(prompts):
+        n = len(t.ids)
+        ids[b, :n], positions[:, b, :n], index[b, :n] = t.ids, t.positions, np.arange(n)
+    x = bench.dense.embed(torch.from_numpy(ids).to(bench.device)).clone()
+    for b, t in enumerate(prompts):
+        for span, picture in zip(t.spans, t.pictures, strict=False):
+            x[b, span.start : span.end] = bench.embedding(picture)
+    return x, torch.from_numpy(index).to(bench.device), torch.from_numpy(positions).to(bench.device)
+
+
+def _deviation(fresh: Captured, kept: Captured) -> Deviation:
+    def squares(x: torch.Tensor) -> np.ndarray:
+        return x.float().square().sum((-1, -2)).cpu().numpy()
+
+    return Deviation(squares(fresh.k - kept.k), squares(fresh.v - kept.v), squares(kept.k), squares(kept.v))
