@@ -88,6 +88,16 @@ class FrontNode:
             task.cancel()
         return task
 
+    async def complete(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Await ``work`` to its end, even if the caller is cancelled meanwhile: for what a handler owes when it ends.
+        The cancellation is raised afterwards."""
+        task = self.spawn(work)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait({task})
+            raise
+
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -283,7 +293,8 @@ class Node(FrontNode):
                 meta=None if private else _meta(span),
             )
         except (ObjectGone, WorkerLost, TransferFailed, LayoutMismatch):
-            self.spawn(self._directory.report_stale(holder.worker_id, span.key, kind, holder.variant))
+            # Awaited: a claim that follows must not be refused because of the hint.
+            await self._directory.report_stale(holder.worker_id, span.key, kind, holder.variant)
             raise
         if prefix is None:
             self.announce(extent)

@@ -1,5 +1,5 @@
-"""A whole system in one event loop, with the bundled model, real NIXL and real ZeroMQ; workers that are to be killed run
-in processes of their own.
+"""A whole system in one event loop, with the bundled model, real NIXL and real ZeroMQ; workers that are to be killed
+run in processes of their own.
 
 ``python pools.py ROLE NAME DIRECTORY SETTINGS``: one worker, until killed.
 """
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from vlcache_dist import wire
 from vlcache_dist.assembly import Site
 from vlcache_dist.cache_directory.server import DirectoryServer
 from vlcache_dist.config import Settings

@@ -1,4 +1,4 @@
-"""Requests through encoder, prefill and decode pools: what is computed once, what moves once, and that answers are right."""
+"""Requests through encoder, prefill and decode pools: what is computed once, what moves once, and right answers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_ten_first_requests_cost_one_encode_and_one_vision_prefill(pools: 
     image = picture(2)
     encoded, recorded, rows, read = pools.encoded, pools.recorded, pools.rows, pools.bytes_read
     facts = [image.facts[i % len(image.facts)] for i in range(10)]
-    prefixes = [f"{word} finds the river.\n" for word in "A B C D E F G H I J".split()]
+    prefixes = [f"{word} finds the river.\n" for word in "ABCDEFGHIJ"]
     answers = await asyncio.gather(
         *(pools.ask(prefix, image, fact.question) for prefix, fact in zip(prefixes, facts, strict=True))
     )

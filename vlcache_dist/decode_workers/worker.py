@@ -95,10 +95,13 @@ class DecodeWorker:
         finally:
             if not taken:
                 self._release_ticket(message.handoff)
-            if not finished:
-                with contextlib.suppress(WorkerLost):  # an engine that has stopped holds nothing back
-                    await self._bridge.call(lambda engine: engine.abort(request_id))
-            self._bridge.shut(request_id)
+            await self.node.complete(self._clean_up(request_id, finished))
+
+    async def _clean_up(self, request_id: str, finished: bool) -> None:
+        if not finished:
+            with contextlib.suppress(WorkerLost):  # an engine that has stopped holds nothing back
+                await self._bridge.call(lambda engine: engine.abort(request_id))
+        self._bridge.shut(request_id)
 
     async def _import(self, request_id: str, first_token: int, kv: Import) -> None:
         try:

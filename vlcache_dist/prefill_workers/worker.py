@@ -141,18 +141,28 @@ class PrefillWorker:
                         yield tokens
                     return
         finally:
-            # In this order: nothing is provided any more; the engine frees what it holds; what it recorded before that
-            # is announced; and only then are the claims that are left given up, which wakes those who wait for them.
-            if resolving is not None:
-                resolving.cancel()
-                await asyncio.gather(resolving, return_exceptions=True)
-            if not finished:
-                await self._abort(request_id)
-            self._bridge.shut(request_id)
-            del self._resolvers[request_id]
-            resolver.close()
-            if generation.reuse is ReuseMode.OFF:
-                self._discard_private(generation)
+            await self.node.complete(self._clean_up(generation, resolver, resolving, finished))
+
+    async def _clean_up(
+        self,
+        generation: wire.Generation,
+        resolver: SpanResolver,
+        resolving: asyncio.Task[None] | None,
+        finished: bool,
+    ) -> None:
+        """In this order: nothing is provided any more; the engine frees what it holds; what it recorded before that is
+        announced; and only then are the claims that are left given up, which wakes those who wait for them."""
+        request_id = generation.request_id
+        if resolving is not None:
+            resolving.cancel()
+            await asyncio.gather(resolving, return_exceptions=True)
+        if not finished:
+            await self._abort(request_id)
+        self._bridge.shut(request_id)
+        del self._resolvers[request_id]
+        resolver.close()
+        if generation.reuse is ReuseMode.OFF:
+            self._discard_private(generation)
 
     async def release_handoff(self, message: wire.ReleaseHandoff, call: Call) -> wire.Ok:
         """Handler of ``wire.ReleaseHandoff``; an unknown ticket is fine (it expired, or was released before)."""

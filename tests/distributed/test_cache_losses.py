@@ -1,0 +1,131 @@
+"""What a cache loses costs time, never an answer: stale hints, evictions, frozen holders, a directory that is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from typing import Any
+
+import pytest
+from pools import Pools, picture
+
+from vlcache_dist.cache_directory.server import DirectoryServer
+from vlcache_dist.errors import StoreFull, TransferTimeout
+from vlcache_dist.types import ObjectKind, ReuseMode
+
+
+async def test_stale_hints() -> None:
+    """The holder has dropped the KV, then the encoder its output too, and the directory does not know it."""
+    async with Pools() as pools:
+        image = picture(1)
+        for worker in pools.workers:
+            worker.node._directory.retract = lambda *what: None
+        await pools.ask(image, image.facts[0].question, prefill_worker="prefill-0")
+        key = pools.prefills[0].node.store.objects()[0].key
+        for number, name in enumerate(["prefill-1", "prefill-0"]):
+            assert pools.directory.state.holders((ObjectKind.KV, key))
+            assert pools.directory.state.holders((ObjectKind.EMBEDDING, key))
+            for worker in pools.workers:
+                if number or worker is not pools.encoders[0]:
+                    worker.node.store.clear()
+            encoded = pools.encoded
+            answer = await pools.ask(f"{number}.\n", image, image.facts[1].question, prefill_worker=name)
+            assert (answer.text, answer.sources) == (image.facts[1].answer, ["computed"])
+            assert pools.encoded - encoded == number
+            await pools.drained()
+        assert all(prefill.node._fetcher.failures["ObjectGone"] for prefill in pools.prefills)
+
+
+async def test_evictions_under_pressure() -> None:
+    """Stores that hold two or three pictures, eight pictures, and many requests at a time."""
+    async with Pools(store_bytes=3 << 20) as pools:
+        images = [picture(10 + i) for i in range(8)]
+        for turn in range(2):
+            answers = await asyncio.gather(
+                *(pools.ask(f"{turn}.\n", image, image.facts[turn].question) for image in images)
+            )
+            assert [answer.text for answer in answers] == [image.facts[turn].answer for image in images]
+        assert all(worker.node.store.stats().num_evictions for worker in pools.prefills)
+        await pools.drained()
+
+
+@pytest.mark.parametrize("failure", [StoreFull("no room"), TransferTimeout("too slow")])
+async def test_kv_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+    async with Pools() as pools:
+        image = picture(2)
+        await pools.ask(image, image.facts[0].question, prefill_worker="prefill-0")
+        node = pools.prefills[1].node
+        fetch = node.fetch
+
+        async def refuse(holder: Any, kind: ObjectKind, *args: Any, **options: Any) -> Any:
+            if kind is ObjectKind.KV:
+                raise failure
+            return await fetch(holder, kind, *args, **options)
+
+        monkeypatch.setattr(node, "fetch", refuse)
+        answers = await asyncio.gather(
+            *(pools.ask(f"{i}.\n", image, image.facts[1].question, prefill_worker="prefill-1") for i in range(3))
+        )
+        assert [answer.text for answer in answers] == [image.facts[1].answer] * 3
+        assert [answer.sources for answer in answers] == [["computed"]] * 3
+        await pools.drained()
+
+
+async def test_a_frozen_holder() -> None:
+    async with Pools(prefills=1, processes=("prefill-1",)) as pools:
+        image = picture(3)
+        holder = pools.processes["prefill-1"]
+        await pools.ask(image, image.facts[0].question, prefill_worker="prefill-1")
+        pools.decodes[0].node.store.clear()
+        key = pools.encoders[0].node.store.objects()[0].key
+        await pools.until(lambda: len(pools.directory.state.holders((ObjectKind.KV, key))) == 1)
+        holder.send(signal.SIGSTOP)
+        answer = await pools.ask("A.\n", image, image.facts[1].question, prefill_worker="prefill-0")
+        holder.send(signal.SIGCONT)
+        assert (answer.text, answer.sources) == (image.facts[1].answer, ["computed"])
+        assert answer.done.vlcache["retries"] == 0
+        await pools.drained()
+
+
+async def test_the_directory_dies_and_comes_back_empty() -> None:
+    async with Pools() as pools:
+        first, second, third = picture(4), picture(5), picture(6)
+        await pools.ask(first, first.facts[0].question, prefill_worker="prefill-0")
+        objects = pools.directory.state.stats()["objects"]
+        port = int(pools.directory.rpc.address.rpartition(":")[2])
+        await pools.directory.close()
+        # Without it every worker is on its own, and right.
+        started = time.monotonic()
+        answers = await asyncio.gather(
+            pools.ask(second, second.facts[0].question, prefill_worker="prefill-0"),
+            pools.ask(second, second.facts[1].question, prefill_worker="prefill-1"),
+            pools.ask("A.\n", first, first.facts[1].question, prefill_worker="prefill-0"),
+        )
+        assert time.monotonic() - started < 3.0, "nobody waits for a directory that is gone"
+        expected = [second.facts[0].answer, second.facts[1].answer, first.facts[1].answer]
+        assert [answer.text for answer in answers] == expected
+        assert answers[2].sources == ["local"]
+        # Back again, it knows nothing for a moment; meanwhile everybody still knows everybody.
+        pools.directory = DirectoryServer(expiry_s=2.0)
+        await pools.directory.start(port)
+        answer = await pools.ask(third, third.facts[0].question)
+        assert answer.text == third.facts[0].answer
+        await pools.until(lambda: pools.directory.state.stats()["members"] == 4)
+        await pools.until(lambda: pools.directory.state.stats()["objects"] >= objects + 4)
+        warm = await pools.ask("A.\n", second, second.facts[1].question, prefill_worker="prefill-1")
+        assert warm.text == second.facts[1].answer and warm.sources != ["computed"]
+        await pools.drained()
+
+
+async def test_a_draining_worker_is_passed_by() -> None:
+    """It refuses before the ingress has heard of it."""
+    async with Pools() as pools:
+        image = picture(7)
+        prefill = pools.prefills[0]
+        await pools.ask(image, image.facts[0].question, prefill_worker="prefill-0", reuse=ReuseMode.OFF)
+        prefill.node._draining = True
+        answers = await asyncio.gather(*(pools.ask(f"{i}.\n", image, image.facts[1].question) for i in range(4)))
+        assert [answer.text for answer in answers] == [image.facts[1].answer] * 4
+        assert {answer.done.vlcache["prefill_worker"] for answer in answers} == {"prefill-1"}
+        await pools.drained()
