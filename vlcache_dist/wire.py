@@ -56,7 +56,8 @@ class WorkerLoad(msgspec.Struct, frozen=True):
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
-    """A member. ``address`` is its ZeroMQ endpoint, ``peer`` its transport endpoint (None: none)."""
+    """A member. ``address`` is its ZeroMQ endpoint, ``peer`` its transport endpoint (None: none). ``started``: seconds of the
+    wall clock; of two workers of one name the later one is the member."""
 
     worker_id: WorkerId
     name: str  #: stable, e.g. "prefill-0"
@@ -64,6 +65,7 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     address: str
     peer: PeerInfo | None = None
     draining: bool = False
+    started: float = 0.0
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -113,6 +115,7 @@ class Registered(Message, frozen=True):
     epoch: str  #: changes when the shard has lost its state: announce again
     heartbeat_s: float
     expiry_s: float
+    replaced: bool = False  #: not registered: a later worker of the same name is a member
 
 
 class Unregister(Message, frozen=True):

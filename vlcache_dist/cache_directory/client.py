@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
+
+import msgspec
 
 from vlcache_dist import wire
 from vlcache_dist.cache_directory.hashing import ranked
@@ -35,6 +38,7 @@ class _Shard:
         self.number = number
         self.address = address
         self.reachable = True
+        self.replaced = False  # a later worker of our name is the member there
         self.epoch: str | None = None  # that this worker's inventory was announced to; None: announce all
         self.here: list[wire.Entry] = []
         self.gone: list[tuple[ContentKey, ObjectKind, Variant]] = []
@@ -62,6 +66,8 @@ class DirectoryClient:
     ) -> None:
         self._rpc = rpc
         self._resolve = resolve
+        if info is not None and not info.started:
+            info = msgspec.structs.replace(info, started=time.time())
         self._info = info
         self._load = load
         self._inventory = inventory
@@ -186,6 +192,12 @@ class DirectoryClient:
         if not isinstance(reply, wire.Registered):
             return
         self._heartbeat_s = reply.heartbeat_s
+        if reply.replaced:
+            if not shard.replaced:
+                log.warning("directory shard %d has a later worker named %s", shard.number, self._info.name)
+            shard.replaced = True
+            return
+        shard.replaced = False
         shard.here.clear()  # part of the inventory
         entries = tuple(e for e in self._inventory() if self._shard(e.key) is shard)
         announced = not entries or await self._ask(shard, wire.Announce(self._info.worker_id, entries)) is not None
@@ -202,7 +214,8 @@ class DirectoryClient:
                 if not isinstance(reply, wire.HeartbeatAck):
                     continue
                 if not reply.known or reply.epoch != shard.epoch:
-                    log.warning("directory shard %d lacks what is held here; announcing again", shard.number)
+                    if not shard.replaced:
+                        log.warning("directory shard %d lacks what is held here; announcing again", shard.number)
                     await self._register(shard)
                 if shard.unclaimed:
                     shard.wake.set()

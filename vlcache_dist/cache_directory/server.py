@@ -80,8 +80,9 @@ class DirectoryServer:
                 waiters.event.set()
 
     async def _register(self, message: wire.Register, call: Call) -> wire.Registered:
-        self._wake(self.state.register(message.info, time.monotonic()))
-        return wire.Registered(self.state.epoch, self._heartbeat_s, self.state.expiry_s)
+        woken = self.state.register(message.info, time.monotonic())
+        self._wake(woken or ())
+        return wire.Registered(self.state.epoch, self._heartbeat_s, self.state.expiry_s, replaced=woken is None)
 
     async def _unregister(self, message: wire.Unregister, call: Call) -> wire.Ok:
         self._wake(self.state.remove(message.worker_id, time.monotonic(), "left"))

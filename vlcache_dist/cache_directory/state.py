@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
+import msgspec
+
 from vlcache_dist.types import ContentKey, ObjectKind, Role, Variant, WorkerId
 from vlcache_dist.wire import (
     Announce,
@@ -31,7 +33,7 @@ class _Member:
     info: WorkerInfo
     load: WorkerLoad
     heard: float
-    objects: set[tuple[Name, Variant]] = field(default_factory=set)
+    objects: dict[tuple[Name, Variant], None] = field(default_factory=dict)  # in the order of announcements
 
 
 @dataclass(slots=True)
@@ -43,12 +45,21 @@ class _Claim:
 class DirectoryState:
     """One shard. Methods that end a wait (an announcement, a claim's end) return the names whose waiters are to be
     woken. ``expiry_s``: a member that is silent for so long is gone. ``max_metas`` bounds what is remembered of media
-    that nobody holds."""
+    that nobody holds, ``max_objects`` what is remembered of one member's objects (its latest announcements)."""
 
-    def __init__(self, epoch: str, *, expiry_s: float, max_metas: int = 1_000_000, log_size: int = 10_000) -> None:
+    def __init__(
+        self,
+        epoch: str,
+        *,
+        expiry_s: float,
+        max_metas: int = 1_000_000,
+        max_objects: int = 1_000_000,
+        log_size: int = 10_000,
+    ) -> None:
         self.epoch = epoch
         self.expiry_s = expiry_s
         self._max_metas = max_metas
+        self._max_objects = max_objects
         self._members: dict[WorkerId, _Member] = {}
         self._holders: dict[Name, dict[tuple[WorkerId, Variant], int]] = {}  # -> nbytes
         self._claims: dict[Name, _Claim] = {}
@@ -58,16 +69,21 @@ class DirectoryState:
 
     # -- members ------------------------------------------------------------------------------------------------
 
-    def register(self, info: WorkerInfo, now: float) -> list[Name]:
-        """A member joins. An older incarnation of the same name is gone from this moment."""
+    def register(self, info: WorkerInfo, now: float) -> list[Name] | None:
+        """A member joins. An older incarnation of the same name is gone from this moment; None: ``info`` is that of
+        the older one (it may be draining still, and must not drive its successor out)."""
+        same = [m.info for m in self._members.values() if m.info.name == info.name]
+        others = [other for other in same if other.worker_id != info.worker_id]
+        if any(other.started > info.started for other in others):
+            return None
         woken: list[Name] = []
-        for other in [m.info.worker_id for m in self._members.values() if m.info.name == info.name]:
-            if other != info.worker_id:
-                woken += self.remove(other, now, "replaced")
+        for other in others:
+            woken += self.remove(other.worker_id, now, f"replaced by {info.worker_id}")
         known = self._members.get(info.worker_id)
-        self._members[info.worker_id] = _Member(
-            info, known.load if known else WorkerLoad(), now, known.objects if known else set()
-        )
+        if known is None:
+            self._members[info.worker_id] = _Member(info, WorkerLoad(), now)
+        else:
+            known.info, known.heard = info, now
         self._note(now, "", f"register {info.worker_id} {info.address}")
         return woken
 
@@ -78,7 +94,7 @@ class DirectoryState:
             return False
         member.heard, member.load = now, load
         if draining != member.info.draining:
-            member.info = _replace_draining(member.info, draining)
+            member.info = msgspec.structs.replace(member.info, draining=draining)
         return True
 
     def remove(self, worker_id: WorkerId, now: float, why: str) -> list[Name]:
@@ -99,7 +115,7 @@ class DirectoryState:
         woken: list[Name] = []
         for worker_id in [w for w, m in self._members.items() if now - m.heard > self.expiry_s]:
             woken += self.remove(worker_id, now, f"silent for more than {self.expiry_s} s")
-        for name in [n for n, claim in self._claims.items() if claim.until <= now]:
+        for name in [n for n, claim in self._claims.items() if not claim.until > now]:
             self._note(now, name[1].hex(), f"claim of {self._claims[name].worker_id} on {name[0]} ran out")
             del self._claims[name]
             woken.append(name)
@@ -123,20 +139,23 @@ class DirectoryState:
         for entry in message.entries:
             name = (entry.kind, entry.key)
             self._holders.setdefault(name, {})[message.worker_id, entry.variant] = entry.nbytes
-            member.objects.add((name, entry.variant))
+            member.objects.pop((name, entry.variant), None)
+            member.objects[name, entry.variant] = None
             self._remember(entry)
             claim = self._claims.get(name)
             if claim is not None and claim.worker_id == message.worker_id:
                 del self._claims[name]
             woken.append(name)
             self._note(now, entry.key.hex(), f"{message.worker_id} holds {entry.kind} {entry.variant.hex()[:8]}")
+        while len(member.objects) > self._max_objects:
+            self.retract(message.worker_id, *next(iter(member.objects)), now)
         return woken
 
     def retract(self, worker_id: WorkerId, name: Name, variant: Variant, now: float) -> None:
         """The object is no longer there: said by the holder, or by a reader that was told so."""
         member = self._members.get(worker_id)
         if member is not None:
-            member.objects.discard((name, variant))
+            member.objects.pop((name, variant), None)
         self._drop_holder(name, worker_id, variant)
         self._note(now, name[1].hex(), f"{worker_id} no longer holds {name[0]} {variant.hex()[:8]}")
 
@@ -212,6 +231,7 @@ class DirectoryState:
         assert all(self._holders.values()), "a name without holders is kept"
         assert all(claim.worker_id in self._members for claim in self._claims.values())
         assert len({m.info.name for m in self._members.values()}) == len(self._members)
+        assert all(len(m.objects) <= self._max_objects for m in self._members.values())
         assert {key for _, key in self._holders} == set(self._metas)
         assert not set(self._metas) & set(self._idle_metas) and len(self._idle_metas) <= self._max_metas
 
@@ -239,7 +259,3 @@ class DirectoryState:
 
     def _note(self, now: float, about: str, what: str) -> None:
         self._log.append((now, about, what))
-
-
-def _replace_draining(info: WorkerInfo, draining: bool) -> WorkerInfo:
-    return WorkerInfo(info.worker_id, info.name, info.role, info.address, info.peer, draining)
