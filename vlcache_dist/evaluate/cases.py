@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,16 @@ class Shown:
 
     def picture(self) -> Picture:
         """The drawn picture with its facts. Only for drawn ones."""
-        return draw(self.kind, self.seed, self.rows, self.columns)
+        return _drawn(self.kind, self.seed, self.rows, self.columns)
 
     def data(self) -> bytes:
         """The encoded file. Raises OSError where ``path`` cannot be read."""
         return Path(self.path).read_bytes() if self.path else self.picture().png()
+
+
+@lru_cache(maxsize=64)
+def _drawn(kind: Kind, seed: int, rows: int, columns: int) -> Picture:
+    return draw(kind, seed, rows, columns)
 
 
 Part = str | Shown

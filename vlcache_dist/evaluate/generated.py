@@ -123,7 +123,7 @@ def _same_slot(asked: int, count: int) -> Callable[[_Draw], tuple[Dialogue, str,
         for i, picture in enumerate(pictures):
             others = [d.picture() for _ in range(count)]
             others[i] = picture
-            donors.append(Donor(_labelled(others, _in(i + 1, d.fact(picture).question)), i))
+            donors.append(Donor(_labelled(others[: i + 1], _in(i + 1, d.fact(picture).question)), i))
         return _labelled(pictures, _in(asked + 1, fact.question)), fact.answer, tuple(donors)
 
     return build

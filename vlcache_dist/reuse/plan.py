@@ -12,6 +12,9 @@ Spellings (percent figures are of the span's own length, rounded up to whole tok
 ``file:plan.json``           read where the file lies (``reuse.plan_file``); it becomes ``counts:`` or ``percents:``,
                              so that a spelling on the wire always carries the whole plan
 
+Any of them may be followed by ``+canary:LEADING,STRIDED,LAYER<LIMIT,...`` (``reuse.canary``): probe tokens are recomputed
+in every layer besides, and if they leave the cached ones, the span and all behind it.
+
 Counts never grow with depth: a token is recomputed at a layer only if its hidden state was carried there.
 """
 
@@ -28,6 +31,8 @@ from itertools import groupby
 import numpy as np
 
 from vlcache_dist.errors import InvalidPlan
+from vlcache_dist.reuse.canary import Canary
+from vlcache_dist.reuse.probes import with_probes
 
 MAX_SPELLING = 8192  #: characters; a plan is part of a request and is parsed before anything else is known about it
 MAX_LAYERS = 1024
@@ -46,6 +51,9 @@ class Plan(ABC):
         """The plan that a spelling names. Raises InvalidPlan, also for ``file:`` (use ``plan_file.resolve_plan``)."""
         if len(spelling) > MAX_SPELLING:
             raise InvalidPlan(f"plan of {len(spelling)} characters: at most {MAX_SPELLING} are read")
+        plain, guarded, canary = spelling.partition("+canary:")
+        if guarded:
+            return Guarded(Plan.parse(plain), Canary.parse(canary))
         form, colon, rest = spelling.partition(":")
         if form in ("none", "full"):
             if colon:
@@ -83,6 +91,11 @@ class Plan(ABC):
         ascending = np.array(self.counts(num_tokens, num_layers)[::-1], np.int64)
         below = np.searchsorted(ascending, np.arange(num_tokens), side="right")
         return (num_layers - below).astype(np.int32)
+
+    @property
+    def canary(self) -> Canary | None:
+        """What watches over spans that are reused by this plan."""
+        return None
 
     def is_full(self, num_tokens: int, num_layers: int) -> bool:
         """True if every token is recomputed in every layer: such a span is not approximated at all."""
@@ -174,6 +187,32 @@ class LayerPercents(Plan):
 
     def __str__(self) -> str:
         return "percents:" + _compress([_decimal(percent) for percent in self.percents])
+
+
+@dataclass(frozen=True, slots=True)
+class Guarded(Plan):
+    """``base`` with probe tokens. ``counts`` are the base's; ``depths`` have the probes too."""
+
+    base: Plan
+    guard: Canary
+
+    @property
+    def canary(self) -> Canary:
+        return self.guard
+
+    def counts(self, num_tokens: int, num_layers: int) -> tuple[int, ...]:
+        self.guard.check_layers(num_layers)
+        return self.base.counts(num_tokens, num_layers)
+
+    def depths(self, num_tokens: int, num_layers: int) -> np.ndarray:
+        self.guard.check_layers(num_layers)
+        return with_probes(self.base.depths(num_tokens, num_layers), self.guard.probes(num_tokens), num_layers)
+
+    def is_none(self, num_tokens: int, num_layers: int) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return str(self.base) if str(self.base) == "full" else f"{self.base}+{self.guard}"
 
 
 def _split_minimum(rest: str, spelling: str) -> tuple[str, int]:

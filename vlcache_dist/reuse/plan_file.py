@@ -5,6 +5,7 @@
     {"format": 1, "model": "<weights fingerprint>", "num_layers": 28,
      "counts": [82, 82, 40, ...],            either tokens per layer
      "percents": [20, 20, 2.5, ...],         or percent of the span per layer (at most six decimals are kept)
+     "canary": "1,2,5<0.31",                 optional: probe tokens and limits (``reuse.canary``)
      "provenance": {...}}                    optional: data and results of the calibration, not interpreted
 """
 
@@ -17,7 +18,8 @@ from typing import Any
 import msgspec
 
 from vlcache_dist.errors import InvalidPlan
-from vlcache_dist.reuse.plan import LayerCounts, LayerPercents, Plan
+from vlcache_dist.reuse.canary import Canary
+from vlcache_dist.reuse.plan import Guarded, LayerCounts, LayerPercents, Plan
 
 FORMAT = 1
 
@@ -30,6 +32,7 @@ class PlanFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     format: int
     counts: tuple[int, ...] | None = None
     percents: tuple[float, ...] | None = None
+    canary: str | None = None
     provenance: dict[str, Any] | None = None
 
 
@@ -65,6 +68,8 @@ def parse_plan_file(data: bytes, *, model: str, num_layers: int, name: str) -> P
         raise InvalidPlan(f"plan file {name!r} says {file.num_layers} layers, the model has {num_layers}")
     try:
         plan = _plan(file)
+        if file.canary is not None:
+            plan = Guarded(plan, Canary.parse(file.canary))
         plan.counts(1, num_layers)
     except InvalidPlan as error:
         raise InvalidPlan(f"plan file {name!r}: {error}") from error

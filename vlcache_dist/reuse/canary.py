@@ -1,0 +1,83 @@
+"""The canary: a few tokens that are computed afresh tell whether a context changes what a picture's tokens carry. Pure.
+
+The statistic of a reused span in layer l is ``max over probe tokens of |V fresh - V cached| / |V cached|`` (norms over
+all KV heads). It is compared with a limit in the layers that calibration chose; above any of them, no small plan will
+do, and the span with everything behind it is computed in full. See docs/reuse.md for what it was measured to miss.
+
+Spelling, behind a plan's: ``none+canary:1,2,5<0.31,6<0.4``: one leading and two strided probe tokens, limits of layers 5
+and 6.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+
+import numpy as np
+
+from vlcache_dist.errors import InvalidPlan
+from vlcache_dist.reuse.probes import probe_tokens
+
+MAX_PROBES = 4096
+MAX_LIMIT = 1000.0
+_NUMBER = re.compile(r"[0-9]{1,4}")
+_LIMIT = re.compile(r"([0-9]{1,4})<([0-9]{1,4}(?:\.[0-9]{1,6})?)")
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """``leading`` and ``strided`` probe tokens (``probes.probe_tokens``), and (layer, limit) pairs in layer order."""
+
+    leading: int
+    strided: int
+    limits: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.leading + self.strided <= MAX_PROBES:
+            raise InvalidPlan(f"canary with {self.leading + self.strided} probe tokens: must be 1 to {MAX_PROBES}")
+        if not self.limits:
+            raise InvalidPlan("canary without a limit: give at least one, as in 5<0.31")
+        layers = [layer for layer, _ in self.limits]
+        if layers != sorted(set(layers)):
+            raise InvalidPlan(f"canary limits of layers {layers}: every layer once, in ascending order")
+        for layer, limit in self.limits:
+            if not 0 < limit <= MAX_LIMIT:
+                raise InvalidPlan(f"canary limit {limit} of layer {layer}: must be above 0 and at most {MAX_LIMIT:g}")
+
+    @classmethod
+    def parse(cls, text: str) -> Canary:
+        """What follows ``canary:`` in a spelling. Raises InvalidPlan."""
+        leading, strided, *limits = (text.split(",") + ["", ""])[: max(2, text.count(",") + 1)]
+        if not (_NUMBER.fullmatch(leading) and _NUMBER.fullmatch(strided)):
+            raise InvalidPlan(f"canary {text!r}: expected LEADING,STRIDED,LAYER<LIMIT,...")
+        pairs = []
+        for item in limits:
+            found = _LIMIT.fullmatch(item)
+            if found is None:
+                raise InvalidPlan(f"canary {text!r}: {item!r} is not LAYER<LIMIT, as in 5<0.31")
+            pairs.append((int(found[1]), float(found[2])))
+        return cls(int(leading), int(strided), tuple(pairs))
+
+    def __str__(self) -> str:
+        limits = ",".join(f"{layer}<{_decimal(limit)}" for layer, limit in self.limits)
+        return f"canary:{self.leading},{self.strided},{limits}"
+
+    def probes(self, num_tokens: int) -> np.ndarray:
+        """Probe tokens of a span: int64, ascending."""
+        return probe_tokens(num_tokens, self.leading, self.strided)
+
+    def excess(self, ratios: np.ndarray) -> float:
+        """``ratios`` [layer, probe] of one span -> the largest statistic in units of its limit; above 1 is an alarm.
+        NaN counts as alarm (infinity): KV that is not finite is not to be trusted."""
+        worst = max(float(ratios[layer].max()) / limit for layer, limit in self.limits)
+        return worst if np.isfinite(ratios).all() else float("inf")
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise InvalidPlan if a limit is of a layer that the model does not have."""
+        if self.limits[-1][0] >= num_layers:
+            raise InvalidPlan(f"canary limit of layer {self.limits[-1][0]}: the model has {num_layers} layers")
+
+
+def _decimal(value: float) -> str:
+    return format(Decimal(f"{value:.6f}").normalize(), "f")
