@@ -23,6 +23,9 @@ app = typer.Typer(
     help="Qwen2.5-VL serving in which an image is paid for once.", no_args_is_help=True, add_completion=False
 )
 
+bench_app = typer.Typer(help="Benchmarks; JSON out.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
 
 @app.command()
 def serve(
@@ -89,6 +92,33 @@ def demo(
     if as_json:
         print(msgspec.json.encode(report).decode())
     raise typer.Exit(0 if report.ok else 1)
+
+
+@bench_app.command("ttft")
+def bench_ttft(
+    json_file: Annotated[Path, typer.Option("--json", help="where the report goes")],
+    shape: Annotated[str, typer.Option(help="tiny, 3b, 7b or 32b; weights are random")] = "7b",
+    vision_tokens: Annotated[str, typer.Option(help="image sizes, comma-separated")] = "1024,4096,16384",
+    device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
+    plan: Annotated[str, typer.Option(help="recompute plan of warm requests")] = "uniform:2,min=16",
+    runs: Annotated[int, typer.Option(min=1, help="timed runs after warm-up")] = 10,
+    with_transformers: Annotated[bool, typer.Option(help="measure transformers in the same process")] = True,
+) -> None:
+    """Time to first token of one request, cold and warm, beside transformers."""
+    from vlcache_dist.bench.ttft import run
+
+    console = Console(stderr=True)
+    with _told(console):
+        sizes = [int(size) for size in vision_tokens.split(",")]
+        report = run(shape, device, sizes, plan, runs, with_transformers=with_transformers)
+    json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    table = Table(title=f"TTFT, {shape} shapes, ms")
+    names = ("vision_tokens", "active_tokens", "cold_ms", "warm_ms", "warm_floor_ms", "transformers_ms")
+    for name in names:
+        table.add_column(name)
+    for row in report["rows"]:
+        table.add_row(*(f"{row[name]:.4g}" if row[name] is not None else "-" for name in names))
+    console.print(table)
 
 
 @app.command()

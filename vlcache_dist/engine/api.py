@@ -14,6 +14,7 @@ import numpy as np
 
 from vlcache_dist.errors import VLCacheError
 from vlcache_dist.kv.object_store import Extent
+from vlcache_dist.reuse.canary import Canary
 from vlcache_dist.types import ContentKey, FinishReason, KVSource, SpanReport, TokenLogprobs, Variant
 
 
@@ -42,7 +43,9 @@ class Compute:
 class Reuse:
     """Take the span's KV from ``kv`` (committed, pinned). ``depths`` int [length]: in how many layers each token is
     recomputed (``Plan.depths``). ``embedding`` as in ``Compute``; its first rows, up to the last one that is
-    recomputed, are enough, and None if there is none. The rest is provenance for the report."""
+    recomputed, are enough, and None if there is none. With ``canary``, ``depths`` include its probes and ``embedding``
+    is the whole span's: if the probes deviate, the span and everything behind it are computed from it before the first
+    token is released. The rest is provenance for the report."""
 
     kv: Extent
     depths: np.ndarray
@@ -50,6 +53,7 @@ class Reuse:
     source: KVSource = KVSource.LOCAL
     bytes_moved: int = 0
     holder: str = ""
+    canary: Canary | None = None
 
 
 # -- events -------------------------------------------------------------------------------------------------------
@@ -161,7 +165,8 @@ class Import:
 class EngineStats:
     """Counters since the start, and gauges. ``layer_rows[l]``: rows whose K and V layer l computed;
     ``layer_query_rows[l]``: rows that went through attention and MLP of layer l. ``scattered_tokens``: vision tokens
-    whose pages were filled from objects."""
+    whose pages were filled from objects. ``spans_watched``: reused spans whose canary was read; ``spans_escalated``: spans
+    that were computed after all because their own canary or an earlier one called."""
 
     waiting: int
     running: int
@@ -182,3 +187,5 @@ class EngineStats:
     spans_reused: int
     layer_rows: tuple[int, ...]
     layer_query_rows: tuple[int, ...]
+    spans_watched: int = 0
+    spans_escalated: int = 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,7 @@ from vlcache_dist.engine.origins import SlotOrigins
 from vlcache_dist.engine.runner import Runner
 from vlcache_dist.engine.scheduler import Scheduler
 from vlcache_dist.engine.sequence import Sequence, SpanState
+from vlcache_dist.engine.watch import Look, Watched
 from vlcache_dist.errors import BadRequest, EngineError, Overloaded, PromptTooLong, VLCacheError
 from vlcache_dist.kv.block_chain import BlockChain
 from vlcache_dist.kv.object_store import Extent, ObjectStore
@@ -232,7 +234,9 @@ class Engine:
             # starts with these blocks is enqueued behind the pass that fills them.
             for sequence, chunk in work:
                 sequence.offer(self.prefix, chunk.end)
+            looks = {sequence.request_id: self._look(sequence) for sequence in sampled if sequence.watch_from is not None}
             tokens, logprobs = forward.result()
+            seen = {request_id: look.ratios() for request_id, look in looks.items()}
         except Exception as error:
             self._pass_failed(work, error)
             return
@@ -241,7 +245,41 @@ class Engine:
         for sequence, chunk in work:
             self._written(sequence, chunk)
         for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
+            if sequence.request_id in seen:
+                look = looks[sequence.request_id]
+                if self._settle(sequence, look.spans, seen[sequence.request_id]):
+                    continue  # this token is not released: the sequence goes back and draws it again
             self._token(sequence, token, logprob, now)
+
+    def _look(self, sequence: Sequence) -> Look:
+        """Compare the probes of all watched spans with what they were reused from, behind the pass under way."""
+        watched = []
+        for index, state in enumerate(sequence.spans):
+            probes = sequence.probes(index)
+            if len(probes) and isinstance(state.source, Reuse):
+                slots = sequence.slots(state.span.start, state.span.end)[probes]
+                watched.append(Watched(index, state.span.length, state.source.kv, probes, slots))
+        return Look(self.runner, watched)
+
+    def _settle(self, sequence: Sequence, spans: Iterable[Watched], ratios: Iterable[np.ndarray]) -> bool:
+        """Judge what the canaries saw. True: the sequence was sent back to the first span that alarmed."""
+        first = None
+        for watched, seen in zip(spans, ratios, strict=True):
+            state = sequence.spans[watched.index]
+            if not isinstance(state.source, Reuse) or state.source.canary is None:
+                continue
+            state.deviation = state.source.canary.excess(seen)
+            self._counters["spans_watched"] += 1
+            if state.deviation > 1 and first is None:
+                first = watched.index
+        sequence.watch_from = None
+        if first is not None:
+            self._counters["spans_escalated"] += sequence.escalate(first)
+            return True
+        sequence.offer(self.prefix, sequence.num_computed)
+        for state in sequence.spans:
+            self._unhold(state, keep_kv=sequence.mode is Mode.PREFILL)
+        return False
 
     def _pass_failed(self, work: list[tuple[Sequence, ChunkWork]], error: Exception) -> None:
         """Its requests fail; so do all cached blocks, since some of them may have been offered too early."""
@@ -273,7 +311,8 @@ class Engine:
             self._counters["spans_recorded"] += 1
             self._events.append(SpanRecorded(sequence.request_id, index, extent))
         state.work = None
-        self._unhold(state, keep_kv=keep)
+        if sequence.watch_from is None:  # otherwise an alarm may still need it
+            self._unhold(state, keep_kv=keep)
 
     def _token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
         if sequence.num_tokens == sequence.num_prompt:
@@ -367,6 +406,8 @@ class Engine:
             spans_reused=count["spans_reused"],
             layer_rows=tuple(self._layer_rows.tolist()),
             layer_query_rows=tuple(self._layer_query_rows.tolist()),
+            spans_watched=count["spans_watched"],
+            spans_escalated=count["spans_escalated"],
         )
 
     def validate(self) -> None:
@@ -434,6 +475,10 @@ class Engine:
                 raise ValueError(f"{where}: depths {source.depths.shape} do not fit {span.length} tokens")
             recomputed = np.flatnonzero(source.depths)
             rows = int(recomputed[-1]) + 1 if len(recomputed) else 0
+            if source.canary is not None:
+                rows = span.length
+                if (source.depths[source.canary.probes(rows)] < self.layout.num_layers).any():
+                    raise ValueError(f"{where}: the canary's probes must be recomputed in every layer")
         have = 0 if source.embedding is None else source.embedding.elements
         if have < self.layout.embedding_elements(rows):
             raise ValueError(f"{where}: {rows} tokens are computed, the encoder output given has {have} elements")

@@ -13,6 +13,7 @@ import torch
 
 from vlcache_dist import kernels
 from vlcache_dist.engine.batch import StepBatch
+from vlcache_dist.engine.graphs import GraphedForward
 from vlcache_dist.kv.arena import Arena
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
@@ -49,16 +50,25 @@ class Runner:
         self.pages = pages
         self.arena = arena
         self.device = model.device
+        self._graphs = GraphedForward(model, pages, arena.tensor) if self.device.type == "cuda" else None
 
     def launch(self, step: StepBatch, params: Sequence[SamplingParams], draws: Sequence[int]) -> Pass:
         """Start a forward pass: scatter, compute, record, draw. ``params`` and ``draws`` (index of the token within its
         answer) belong to the step's sampled rows, in order."""
-        batch = ForwardBatch.from_step(step, self.device)
-        scatter = ScatterBatch.from_step(step, self.device)
-        logits = self.model.forward(batch, self.pages, self.arena.tensor, scatter)
+        logits = self._forward(step)
         if not params:
             return Pass(self, None, ())
         return Pass(self, sample(logits, SamplingBatch.build(params, draws, self.device)), params)
+
+    def _forward(self, step: StepBatch) -> torch.Tensor:
+        """Reused tokens into the pages, then the pass itself: from a graph if it is small, else kernel by kernel."""
+        scatter = ScatterBatch.from_step(step, self.device)
+        if scatter is not None:
+            self.model.scatter(scatter, self.pages, self.arena.tensor, 0, self.model.config.num_layers)
+        if self._graphs is not None and (logits := self._graphs.logits(step)) is not None:
+            return logits
+        batch = ForwardBatch.from_step(step, self.device)
+        return self.model.forward(batch, self.pages, self.arena.tensor, None)
 
     def pack(self, slots: np.ndarray, staging: Extent) -> None:
         """Copy the slots' rows (int64 [n]) into a staging extent of n rows; waits until they are there."""

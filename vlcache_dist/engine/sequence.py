@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Handover:
 class SpanState:
     """A span and its source. ``cached``: its leading tokens that lie in the prefix hit (``length``: all of it, and no
     source is needed). ``work``: what batches need of it, until it is computed. ``held``: committed extents pinned for
-    it. ``record``: the extent that its KV is recorded in. ``repeated``: an earlier span of the prompt has its key."""
+    it. ``record``: the extent that its KV is recorded in. ``deviation``, ``escalated``: see ``SpanReport``. ``repeated``: an earlier span of the prompt has its key."""
 
     span: MediaSpan
     repeated: bool
@@ -36,6 +36,8 @@ class SpanState:
     work: SpanWork | None = None
     record: Extent | None = None
     held: list[Extent] = field(default_factory=list)
+    deviation: float | None = None
+    escalated: bool = False
 
     @property
     def needs_source(self) -> bool:
@@ -59,6 +61,8 @@ class SpanState:
             recomputed_layer_tokens=int(depths.sum()),
             bytes_moved=self.source.bytes_moved,
             holder=self.source.holder,
+            deviation=self.deviation,
+            escalated=self.escalated,
         )
 
 
@@ -107,6 +111,8 @@ class Sequence:
         self._slots = np.empty(0, np.int64)  # by position
         self.prefix_tokens = 0
         self.tainted_from: int | None = None
+        self.watch_from: int | None = None  # the first span whose canary is still to be read
+        self._prefix_taint: int | None = None
         self.has_kv = mode is not Mode.DECODE  # a DECODE sequence cannot run before its KV is there
         self.handover: Handover | None = None
         self.computed_rows = 0
@@ -150,7 +156,7 @@ class Sequence:
         self.block_table = np.array(blocks, np.int32)
         self._slots = block_slots(self.block_table, self.block_size)
         self.prefix_tokens = self.num_computed = self.num_offered = num_tokens
-        self.tainted_from = tainted_from
+        self.tainted_from = self._prefix_taint = tainted_from
         for state in self.spans:
             state.cached = min(max(num_tokens - state.span.start, 0), state.span.length)
 
@@ -174,6 +180,8 @@ class Sequence:
             state.work = SpanWork(
                 state.span.start, state.span.length, source.depths, kv_base=source.kv.offset, embed_base=embed_base
             )
+            if source.canary is not None and self.watch_from is None and len(self.probes(index)):
+                self.watch_from = index
             if (source.depths < self.num_layers).any():
                 # From the span's start on, although leading tokens may be recomputed in full: the prefix caches name
                 # blocks by what their spans reuse.
@@ -183,6 +191,46 @@ class Sequence:
         if self.chain is not None:
             self.chain.set_variant(state.span.index, variant)
         self._count_active()
+
+    def probes(self, index: int) -> np.ndarray:
+        """Probe tokens of a reused span that this sequence computes itself: int64, empty if nobody watches."""
+        state = self.spans[index]
+        if not isinstance(state.source, Reuse) or state.source.canary is None:
+            return np.empty(0, np.int64)
+        probes = state.source.canary.probes(state.span.length)
+        return probes[probes >= state.cached]
+
+    def escalate(self, first: int) -> int:
+        """Go back to span ``first`` and compute it and everything behind it from encoder output; returns how many
+        reused spans that concerns. All their extents must still be held. What lies in the prefix hit stays."""
+        escalated = 0
+        for index in range(first, len(self.spans)):
+            state = self.spans[index]
+            source, span = state.source, state.span
+            if source is None:
+                continue
+            if isinstance(source, Reuse):
+                if source.canary is None or source.embedding is None:
+                    state.work = SpanWork(span.start, span.length, source.depths, source.kv.offset)
+                    continue
+                state.source = replace(source, depths=np.full(span.length, self.num_layers, np.int32))
+                state.escalated = True
+                escalated += 1
+                if self.chain is not None:
+                    self.chain.set_variant(span.index, None)
+            if source.embedding is not None:
+                state.work = SpanWork(span.start, span.length, embed_base=source.embedding.offset)
+        self.num_computed = max(self.spans[first].span.start, self.prefix_tokens)
+        approximated = [
+            state.span.start
+            for state in self.spans
+            if isinstance(state.source, Reuse) and (state.source.depths < self.num_layers).any()
+        ]
+        if self._prefix_taint is not None:
+            approximated.append(self._prefix_taint)
+        self.tainted_from = min(approximated, default=None)
+        self._count_active()
+        return escalated
 
     def drop_record(self, index: int) -> Extent | None:
         """Stop recording a span; returns the extent to abort."""
@@ -217,6 +265,8 @@ class Sequence:
 
     def offer(self, prefix: PrefixCache, num_computed: int) -> None:
         """Let other sequences start with the blocks that are full once ``num_computed`` positions are computed."""
+        if self.watch_from is not None:  # until its canary is read, nobody knows what will be in these blocks
+            num_computed = min(num_computed, self.spans[self.watch_from].span.start)
         stop = num_computed // self.block_size * self.block_size
         if self.chain is None or stop <= self.num_offered:
             return
