@@ -318,7 +318,7 @@ def run(
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
-    about = {"python": platform.python_version(), "torch": torch.__version__, "cpu": platform.processor()}
+    about = {"python": platform.python_version(), "torch": str(torch.__version__), "cpu": platform.processor()}
     if device.startswith("cuda"):
         about["gpu"] = torch.cuda.get_device_name(device)
         about["cuda"] = str(torch.version.cuda)

@@ -77,15 +77,13 @@ def shape_for(step: StepBatch) -> Shape | None:
         return None
     padded_samples = _at_least(samples, ROWS)
     others = rows - samples
-    if not others:
-        padded_rows, max_q, segments = padded_samples, 1, padded_samples
-    else:
-        padded_rows = _at_least(padded_samples + others, ROWS)
-        padding = (padded_rows or 0) - (padded_samples or 0) - others
-        max_q = _power_of_two(max(step.max_q[0], padding))
-        segments = (padded_samples or 0) + _power_of_two(len(step.kv_len) - samples + 1)
-    if padded_rows is None or padded_samples is None or segments is None:
+    padded_rows = None if padded_samples is None else _at_least(padded_samples + others, ROWS)
+    if padded_samples is None or padded_rows is None:
         return None
+    max_q, segments = 1, padded_samples
+    if others:
+        max_q = _power_of_two(max(step.max_q[0], padded_rows - padded_samples - others))
+        segments += _power_of_two(len(step.kv_len) - samples + 1)
     return Shape(
         rows=padded_rows,
         samples=padded_samples,
