@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from typing import Any
 
@@ -69,22 +68,6 @@ async def test_kv_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, failur
         )
         assert [answer.text for answer in answers] == [image.facts[1].answer] * 3
         assert [answer.sources for answer in answers] == [["computed"]] * 3
-        await pools.drained()
-
-
-async def test_a_frozen_holder() -> None:
-    async with Pools(prefills=1, processes=("prefill-1",)) as pools:
-        image = picture(3)
-        holder = pools.processes["prefill-1"]
-        await pools.ask(image, image.facts[0].question, prefill_worker="prefill-1")
-        pools.decodes[0].node.store.clear()
-        key = pools.encoders[0].node.store.objects()[0].key
-        await pools.until(lambda: len(pools.directory.state.holders((ObjectKind.KV, key))) == 1)
-        holder.send(signal.SIGSTOP)
-        answer = await pools.ask("A.\n", image, image.facts[1].question, prefill_worker="prefill-0")
-        holder.send(signal.SIGCONT)
-        assert (answer.text, answer.sources) == (image.facts[1].answer, ["computed"])
-        assert answer.done.vlcache["retries"] == 0
         await pools.drained()
 
 

@@ -13,6 +13,7 @@ from pools import Pools, picture
 
 from vlcache_dist.errors import WorkerLost
 from vlcache_dist.serve.chat import Delta, Done
+from vlcache_dist.types import ObjectKind
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -128,6 +129,29 @@ async def test_decode_dies_in_the_middle_of_an_answer(pools: Pools, monkeypatch:
     assert [done.completion_tokens for done in dones] == [120, 120]
     assert {done.vlcache["decode_worker"] for done in dones} == {"decode-0"}
     await gone(pools, "decode-1")
+
+
+async def test_a_frozen_holder(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = picture(144)
+    process, info = pools.processes["prefill-1"], named(pools, "prefill-1")
+    with monkeypatch.context() as patch:
+        prefer(patch, pools, "prefill-1")
+        await pools.ask(image, image.facts[0].question)
+    held = pools.frontend.node._directory
+    key = next(e.key for e in pools.decodes[0].node.store.objects()[::-1])
+    pools.decodes[0].node.store.clear()
+    await pools.until(lambda: len(pools.directory.state.holders((ObjectKind.KV, key))) == 1)
+    assert (await held.lookup([key]))[0].kv[0].worker_id == info.worker_id
+    process.send(signal.SIGSTOP)
+    try:
+        answer = await pools.ask("A.\n", image, image.facts[1].question, prefill_worker="prefill-0")
+    finally:
+        process.send(signal.SIGCONT)
+    assert (answer.text, answer.sources) == (image.facts[1].answer, ["computed"])
+    assert answer.done.vlcache["retries"] == 0
+    await asyncio.sleep(1.0)
+    assert named(pools, "prefill-1"), "it has joined again"
+    await pools.drained()
 
 
 async def test_prefill_dies_behind_the_first_token(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
