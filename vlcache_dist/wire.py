@@ -56,8 +56,8 @@ class WorkerLoad(msgspec.Struct, frozen=True):
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
-    """A member. ``address`` is its ZeroMQ endpoint, ``peer`` its transport endpoint (None: none). ``started``: seconds of the
-    wall clock; of two workers of one name the later one is the member."""
+    """A member. ``address`` is its ZeroMQ endpoint, ``peer`` its transport endpoint (None: none).
+    ``started``: seconds of the wall clock; of two workers of one name the later one is the member."""
 
     worker_id: WorkerId
     name: str  #: stable, e.g. "prefill-0"
