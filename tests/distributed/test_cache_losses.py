@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
 from pools import Pools, picture
 
 from vlcache_dist.cache_directory.server import DirectoryServer
-from vlcache_dist.errors import StoreFull, TransferTimeout
+from vlcache_dist.errors import (
+    ChecksumMismatch,
+    LeaseLost,
+    ObjectGone,
+    StoreFull,
+    TransferFailed,
+    TransferTimeout,
+    WorkerLost,
+)
 from vlcache_dist.types import ObjectKind, ReuseMode
 
 
@@ -111,4 +121,56 @@ async def test_a_draining_worker_is_passed_by() -> None:
         answers = await asyncio.gather(*(pools.ask(f"{i}.\n", image, image.facts[1].question) for i in range(4)))
         assert [answer.text for answer in answers] == [image.facts[1].answer] * 4
         assert {answer.done.vlcache["prefill_worker"] for answer in answers} == {"prefill-1"}
+        await pools.drained()
+
+
+async def test_losses_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetches that fail in every way, objects that vanish, requests that are given up: who stays is answered right."""
+    chance = random.Random(3)
+    errors = (StoreFull, ObjectGone, LeaseLost, TransferFailed, TransferTimeout, ChecksumMismatch, WorkerLost)
+    async with Pools(store_bytes=6 << 20) as pools:
+        for worker in [*pools.prefills, *pools.decodes]:
+            fetch = worker.node._fetcher.fetch
+
+            async def fails(*args: Any, fetch: Any = fetch, **options: Any) -> Any:
+                if chance.random() < 0.2:
+                    await asyncio.sleep(chance.choice([0, 0.01]))
+                    raise chance.choice(errors)("at random")
+                return await fetch(*args, **options)
+
+            monkeypatch.setattr(worker.node._fetcher, "fetch", fails)
+
+        async def forget() -> None:
+            while True:
+                await asyncio.sleep(0.02)
+                store = chance.choice(pools.workers).node.store
+                if objects := store.objects():
+                    store.discard(chance.choice(objects))
+
+        outcomes: Counter[str] = Counter()
+
+        async def one(number: int) -> None:
+            image = picture(60 + number % 7)
+            fact = chance.choice(image.facts)
+            prefix = chance.choice(["", "The river.\n", "A farmer.\n"])
+            task = asyncio.create_task(pools.ask(prefix, image, fact.question))
+            await asyncio.wait({task}, timeout=chance.choice([0.05, 0.2, 30, 30, 30]))
+            if not task.done():
+                task.cancel()
+                outcomes["given up"] += 1
+                await asyncio.wait({task})
+                return
+            error = task.exception()
+            outcomes["answered" if error is None else type(error).__name__] += 1
+            assert error is not None or task.result().text == fact.answer
+
+        forgetting = asyncio.create_task(forget())
+        running = []
+        for number in range(60):
+            running.append(asyncio.create_task(one(number)))
+            await asyncio.sleep(0.03)
+        await asyncio.gather(*running)
+        forgetting.cancel()
+        # Three attempts that all meet with misfortune end in the one error that says so.
+        assert set(outcomes) <= {"answered", "given up", "WorkerLost"} and outcomes["answered"] > 30, outcomes
         await pools.drained()

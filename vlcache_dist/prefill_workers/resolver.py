@@ -28,6 +28,7 @@ from vlcache_dist.errors import (
     CacheError,
     DeadlineExceeded,
     EngineError,
+    ObjectGone,
     Overloaded,
     ProtocolError,
     StoreFull,
@@ -160,11 +161,13 @@ class SpanResolver:
             depths = self._plan.depths(span.length, self._node.layout.num_layers)
             recomputed = np.flatnonzero(depths)
             if len(recomputed):
-                embedding = await self._embedding(span, int(recomputed[-1]) + 1)
+                # A canary may ask for the whole span.
+                rows = span.length if self._plan.canary is not None else int(recomputed[-1]) + 1
+                embedding = await self._embedding(span, rows)
         except BaseException:
             self._node.store.unpin(kv)
             raise
-        return Reuse(kv, depths, embedding, source, moved, holder)
+        return Reuse(kv, depths, embedding, source, moved, holder, self._plan.canary)
 
     # -- single flight ------------------------------------------------------------------------------------------
 
@@ -254,12 +257,15 @@ class SpanResolver:
                 except VLCacheError as error:
                     failures.append(error)
         for address in list(self._encoders(span.key))[:ENCODE_ATTEMPTS]:
-            try:
-                return await self._encode(address, span, rows)
-            except (BadRequest, DeadlineExceeded):
-                raise
-            except VLCacheError as error:
-                failures.append(error)
+            for _ in range(ENCODE_ATTEMPTS):
+                try:
+                    return await self._encode(address, span, rows)
+                except (BadRequest, DeadlineExceeded):
+                    raise
+                except VLCacheError as error:
+                    failures.append(error)
+                    if not isinstance(error, ObjectGone):  # evicted before it could be fetched: encode once more
+                        break
         if failures and all(isinstance(error, EngineError) for error in failures):
             raise failures[-1]
         why = "; ".join(map(str, failures)) or "none is alive"

@@ -272,6 +272,8 @@ class Frontend:
 
     async def _prefill(self, answer: _Answer) -> AsyncGenerator[wire.Prefilled | wire.Tokens, None]:
         """The first token; behind it, from a worker that decodes as well, the others."""
+        if not self._dispatch.workers(Role.DECODE, Role.COLOCATED):
+            raise WorkerLost("no decode worker is alive")
         member, choice = self._dispatch.choose_prefill(self._demand(answer), answer.request.prefill_worker, answer.lost)
         answer.prefill_worker, answer.why = member.info.name, choice.why
         message = wire.Prefill(self._generation(answer), self._source(answer), answer.remaining())

@@ -217,7 +217,7 @@ class Fetcher:
             checksum=verify,
             prefix=0 if prefix is None else prefix * itemsize,
         )
-        lease = await self._ask(holder.address, acquire, wire.Lease)
+        lease = await self._acquire(holder.address, acquire)
         try:
             if lease.nbytes != elements * itemsize:
                 raise LayoutMismatch(
@@ -323,6 +323,22 @@ class Fetcher:
         if not isinstance(reply, kind):
             raise ProtocolError(f"{type(message).__name__} was answered with {type(reply).__name__}")
         return reply
+
+    async def _acquire(self, address: str, acquire: wire.Acquire) -> wire.Lease:
+        """A caller that is cancelled while the holder grants the lease must not leave it there."""
+        asking: asyncio.Task[wire.Lease] = asyncio.create_task(self._ask(address, acquire, wire.Lease))
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            self._reader.spawn(self._let_go_of(address, asking))
+            raise
+
+    async def _let_go_of(self, address: str, asking: asyncio.Task[wire.Lease]) -> None:
+        try:
+            lease = await asking
+        except VLCacheError:
+            return  # nothing was granted
+        await self._let_go(address, lease)
 
     async def _let_go(self, address: str, lease: wire.Lease) -> None:
         try:
