@@ -202,6 +202,28 @@ async def test_a_failed_fetch_gives_its_lease_back() -> None:
 
 
 @virtual
+async def test_a_caller_that_leaves_while_the_lease_is_granted_leaves_none_behind() -> None:
+    pair = Pair()
+    grant = pair.holder.holder.acquire
+    granted = asyncio.Event()
+
+    async def slow(message: wire.Acquire) -> wire.Lease:
+        lease = await grant(message)
+        granted.set()
+        await asyncio.sleep(0.01)  # the reply's way
+        return lease
+
+    pair.holder.holder.acquire = slow  # type: ignore[method-assign]
+    fetching = asyncio.create_task(pair.fetch())
+    await granted.wait()
+    fetching.cancel()
+    await asyncio.sleep(0.1)
+    assert fetching.cancelled()
+    assert pair.holder.store.stats().num_leases == 0
+    await pair.settle()
+
+
+@virtual
 async def test_a_prefix_is_a_staging_extent() -> None:
     pair = Pair()
     made = pair.holder.put(ObjectKind.EMBEDDING, key(2), variant(2), 80)
