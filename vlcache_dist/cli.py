@@ -1,4 +1,4 @@
-"""The command line: ``vlcache-dist serve | demo | status``."""
+"""The command line: ``vlcache-dist serve | demo | status | loadtest``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from vlcache_dist.config import Settings
 from vlcache_dist.errors import VLCacheError
+from vlcache_dist.loadtest.command import loadtest
 
 app = typer.Typer(
     help="Qwen2.5-VL serving in which an image is paid for once.", no_args_is_help=True, add_completion=False
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 bench_app = typer.Typer(help="Benchmarks; JSON out.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.command()(loadtest)
 
 
 @app.command()
