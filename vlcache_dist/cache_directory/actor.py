@@ -20,14 +20,12 @@ class DirectoryShard:
 
     def __init__(self, heartbeat_s: float, expiry_s: float) -> None:
         self._server = DirectoryServer(ray.util.get_node_ip_address(), heartbeat_s=heartbeat_s, expiry_s=expiry_s)
-        self._address: asyncio.Future[str] | None = None
+        self._starting = asyncio.Lock()
 
     async def address(self) -> str:
         """Where it listens; starts the server on first use."""
-        if self._address is None:
-            self._address = asyncio.get_running_loop().create_future()
-            self._address.set_result(await self._server.start())
-        return await self._address
+        async with self._starting:
+            return self._server.rpc.address or await self._server.start()
 
 
 def _name(app: str, shard: int) -> str:
@@ -55,8 +53,9 @@ def resolver(app: str, shards: int, *, heartbeat_s: float, expiry_s: float) -> C
     """What ``DirectoryClient`` needs: the shards' addresses, as they are now. Raises WorkerLost."""
 
     async def resolve() -> Sequence[str]:
-        handles = ensure_directory(app, shards, heartbeat_s=heartbeat_s, expiry_s=expiry_s)
         try:
+            # Asks Ray's control store, which blocks while that is restarted: the loop must go on answering pings.
+            handles = await asyncio.to_thread(ensure_directory, app, shards, heartbeat_s=heartbeat_s, expiry_s=expiry_s)
             return await asyncio.wait_for(asyncio.gather(*(handle.address.remote() for handle in handles)), 30.0)
         except (ray.exceptions.RayError, TimeoutError) as error:
             raise WorkerLost(f"the cache directory is not to be found: {error}") from error
