@@ -317,7 +317,7 @@ class _Batch:
                 except BaseException:
                     llm.store.unpin(kv)
                     raise
-                return Reuse(kv, depths, embedding)
+                return Reuse(kv, depths, embedding, canary=request.plan.canary)
             if span.key in self._recording:
                 return None
         return Compute(llm.embedding(item, span, cached=True), self._record(request, index))

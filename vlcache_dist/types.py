@@ -113,6 +113,8 @@ class SpanReport(msgspec.Struct, frozen=True):
     ``recomputed_tokens`` counts vision tokens that were computed in at least one layer although the span was
     reused; for a computed span ``reused_tokens == recomputed_tokens == 0``. ``recomputed_layer_tokens`` is the sum
     of the plan's counts over layers (token-layers). ``bytes_moved`` is what crossed the transport for this span.
+    ``deviation``: what the canary saw, in units of its limit (None: nobody watched); above 1 the span and all behind it
+    are ``escalated``: computed in full before the first token was released, whatever was reused at first.
     """
 
     digest: str
@@ -123,3 +125,5 @@ class SpanReport(msgspec.Struct, frozen=True):
     recomputed_layer_tokens: int = 0
     bytes_moved: int = 0
     holder: str = ""
+    deviation: float | None = None
+    escalated: bool = False

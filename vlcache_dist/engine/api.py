@@ -165,8 +165,8 @@ class Import:
 class EngineStats:
     """Counters since the start, and gauges. ``layer_rows[l]``: rows whose K and V layer l computed;
     ``layer_query_rows[l]``: rows that went through attention and MLP of layer l. ``scattered_tokens``: vision tokens
-    whose pages were filled from objects. ``spans_watched``: reused spans whose canary was read; ``spans_escalated``: spans
-    that were computed after all because their own canary or an earlier one called."""
+    whose pages were filled from objects. ``spans_watched``: reused spans whose canary was read;
+    ``spans_escalated``: spans that were computed after all because their own canary or an earlier one called."""
 
     waiting: int
     running: int

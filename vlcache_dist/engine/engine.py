@@ -234,7 +234,9 @@ class Engine:
             # starts with these blocks is enqueued behind the pass that fills them.
             for sequence, chunk in work:
                 sequence.offer(self.prefix, chunk.end)
-            looks = {sequence.request_id: self._look(sequence) for sequence in sampled if sequence.watch_from is not None}
+            looks = {
+                sequence.request_id: self._look(sequence) for sequence in sampled if sequence.watch_from is not None
+            }
             tokens, logprobs = forward.result()
             seen = {request_id: look.ratios() for request_id, look in looks.items()}
         except Exception as error:
@@ -275,6 +277,8 @@ class Engine:
         sequence.watch_from = None
         if first is not None:
             self._counters["spans_escalated"] += sequence.escalate(first)
+            for state in sequence.spans[:first]:
+                self._unhold(state, keep_kv=sequence.mode is Mode.PREFILL)
             return True
         sequence.offer(self.prefix, sequence.num_computed)
         for state in sequence.spans:

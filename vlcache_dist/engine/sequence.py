@@ -27,7 +27,8 @@ class Handover:
 class SpanState:
     """A span and its source. ``cached``: its leading tokens that lie in the prefix hit (``length``: all of it, and no
     source is needed). ``work``: what batches need of it, until it is computed. ``held``: committed extents pinned for
-    it. ``record``: the extent that its KV is recorded in. ``deviation``, ``escalated``: see ``SpanReport``. ``repeated``: an earlier span of the prompt has its key."""
+    it. ``record``: the extent that its KV is recorded in. ``repeated``: an earlier span of the prompt has its key.
+    ``deviation``, ``escalated``: see ``SpanReport``."""
 
     span: MediaSpan
     repeated: bool

@@ -4,8 +4,8 @@ The statistic of a reused span in layer l is ``max over probe tokens of |V fresh
 all KV heads). It is compared with a limit in the layers that calibration chose; above any of them, no small plan will
 do, and the span with everything behind it is computed in full. See docs/reuse.md for what it was measured to miss.
 
-Spelling, behind a plan's: ``none+canary:1,2,5<0.31,6<0.4``: one leading and two strided probe tokens, limits of layers 5
-and 6.
+Spelling, behind a plan's: ``none+canary:1,2,5<0.31,6<0.4``: one leading and two strided probe tokens, limits of
+layers 5 and 6.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Canary:
     @classmethod
     def parse(cls, text: str) -> Canary:
         """What follows ``canary:`` in a spelling. Raises InvalidPlan."""
-        leading, strided, *limits = (text.split(",") + ["", ""])[: max(2, text.count(",") + 1)]
+        leading, strided, *limits = ([*text.split(","), "", ""])[: max(2, text.count(",") + 1)]
         if not (_NUMBER.fullmatch(leading) and _NUMBER.fullmatch(strided)):
             raise InvalidPlan(f"canary {text!r}: expected LEADING,STRIDED,LAYER<LIMIT,...")
         pairs = []

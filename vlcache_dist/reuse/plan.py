@@ -12,8 +12,8 @@ Spellings (percent figures are of the span's own length, rounded up to whole tok
 ``file:plan.json``           read where the file lies (``reuse.plan_file``); it becomes ``counts:`` or ``percents:``,
                              so that a spelling on the wire always carries the whole plan
 
-Any of them may be followed by ``+canary:LEADING,STRIDED,LAYER<LIMIT,...`` (``reuse.canary``): probe tokens are recomputed
-in every layer besides, and if they leave the cached ones, the span and all behind it.
+Any of them may be followed by ``+canary:LEADING,STRIDED,LAYER<LIMIT,...`` (``reuse.canary``): probe tokens are
+recomputed in every layer besides, and if they leave the cached ones, so is the span with all behind it.
 
 Counts never grow with depth: a token is recomputed at a layer only if its hidden state was carried there.
 """

@@ -1,0 +1,131 @@
+"""The canary in the engine: what is escalated equals a full run, what is not is served as planned."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from vlcache_dist import LLM, SamplingParams
+from vlcache_dist.config import EngineSettings
+from vlcache_dist.demo.pictures import draw
+
+torch.set_num_threads(1)
+ONE_TOKEN = SamplingParams(max_tokens=4, logprobs=5)
+JUMPY, CALM = "1,2,5<0.000001", "1,2,5<900"
+
+
+@lru_cache
+def part(seed: int) -> dict[str, Any]:
+    data = base64.b64encode(draw("form", seed).png()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def user(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def ask(seed: int) -> str:
+    return draw("form", seed).facts[0].question
+
+
+def swapped() -> list[dict[str, Any]]:
+    question = ask(2)
+    return user(
+        text("Picture 1: "),
+        part(2),
+        text("\nPicture 2: "),
+        part(1),
+        text(f"In picture 1, {question[0].lower()}{question[1:]}"),
+    )
+
+
+@pytest.fixture(scope="module")
+def shared() -> LLM:
+    return LLM("tiny", "cpu", "float32", engine=EngineSettings(store_bytes=32 << 20, kv_bytes=16 << 20))
+
+
+@pytest.fixture
+def llm(shared: LLM) -> Iterator[LLM]:
+    """Empty caches, then KV of pictures 1 and 2 as "Picture 1" and "Picture 2"."""
+    shared.store.clear()
+    shared.engine.pool.drop_contents()
+    order = user(text("Picture 1: "), part(1), text("\nPicture 2: "), part(2), text("In picture 2, " + ask(2)))
+    shared.chat(order, ONE_TOKEN, plan="full")
+    yield shared
+    shared.engine.validate()
+    assert shared.store.stats().pinned == 0 and shared.engine.stats().blocks_free == shared.engine.stats().blocks_total
+
+
+def same(a: Any, b: Any) -> bool:
+    return a.token_ids == b.token_ids and all(
+        abs(x.logprob - y.logprob) < 1e-4 for x, y in zip(a.logprobs, b.logprobs, strict=True)
+    )
+
+
+def test_harmful_reuse_is_seen_and_undone(llm: LLM) -> None:
+    full = llm.chat(swapped(), ONE_TOKEN, reuse="off")
+    blind = llm.chat(swapped(), ONE_TOKEN, plan="none")
+    assert full.text == draw("form", 2).facts[0].answer
+    assert blind.text != full.text, "reuse must fail here, or the test proves nothing"
+    watched = llm.chat(swapped(), ONE_TOKEN, plan="none+canary:1,2,5<0.5")
+    assert same(watched, full)
+    assert [report.escalated for report in watched.vlcache] == [True, True]
+    assert all(report.deviation > 1 for report in watched.vlcache)
+    assert [report.reused_tokens for report in watched.vlcache] == [0, 0]
+
+
+def test_harmless_reuse_is_left_alone(llm: LLM) -> None:
+    question = user(text("Look at the picture. The house is old.\nPicture 1: "), part(1), text(ask(1)))
+    out = llm.chat(question, ONE_TOKEN, plan="none+canary:1,2,5<0.5")
+    (report,) = out.vlcache
+    assert not report.escalated and 0 < report.deviation < 1
+    assert (report.recomputed_tokens, report.reused_tokens) == (3, 61)
+
+
+@pytest.mark.parametrize("budget", [4096, 40], ids=["one-chunk", "many-chunks"])
+def test_an_alarm_always_gives_the_full_answer(budget: int) -> None:
+    """Whatever comes after the span (new pictures, reused ones), in chunks or at once."""
+    settings = EngineSettings(store_bytes=32 << 20, kv_bytes=16 << 20, max_batch_tokens=budget, max_sequences=4)
+    llm = LLM("tiny", "cpu", "float32", engine=settings)
+    for seed in (1, 2):
+        llm.chat(user(part(seed), text(ask(seed))), ONE_TOKEN)
+    mixed = user(text("Picture 1: "), part(1), text(" "), part(9), text(" "), part(2), text(ask(2)))
+    full = llm.chat(mixed, ONE_TOKEN, reuse="off")
+    out = llm.chat(mixed, ONE_TOKEN, plan=f"uniform:5+canary:{JUMPY}")
+    assert same(out, full)
+    assert [report.escalated for report in out.vlcache] == [True, False, True]
+    llm.engine.validate()
+
+
+def test_escalated_blocks_are_exact_and_unsettled_ones_are_nobodys(llm: LLM) -> None:
+    """An escalated prompt is what a full run wrote, so exact requests may start with its blocks; a prompt that was
+    served approximately is not."""
+    prompt = swapped()
+    calm = llm.chat(prompt, ONE_TOKEN, plan=f"none+canary:{CALM}")
+    exact = llm.chat(prompt, ONE_TOKEN, reuse="exact")
+    assert exact.cached_tokens < exact.prompt_tokens // 4, "approximated blocks were served as exact"
+    assert calm.vlcache[0].escalated is False
+    other = swapped()[:]
+    other[0] = {"role": "user", "content": [text("Well. "), *other[0]["content"]]}
+    escalated = llm.chat(other, ONE_TOKEN, plan=f"none+canary:{JUMPY}")
+    again = llm.chat(other, ONE_TOKEN, reuse="exact")
+    assert same(again, escalated) and again.cached_tokens > again.prompt_tokens // 2
+    assert same(again, llm.chat(other, ONE_TOKEN, reuse="off"))
+
+
+def test_next_turn_starts_with_what_was_approved(llm: LLM) -> None:
+    """Blocks of a prompt whose canary stayed calm are found by the next turn, which watches only what it computes."""
+    plan = f"none+canary:{CALM}"
+    first = llm.chat(swapped(), ONE_TOKEN, plan=plan)
+    turns = [*swapped(), {"role": "assistant", "content": first.text}, *user(text(ask(1)))]
+    second = llm.chat(turns, ONE_TOKEN, plan=plan)
+    assert second.cached_tokens > first.prompt_tokens * 3 // 4

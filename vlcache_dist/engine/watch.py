@@ -1,0 +1,44 @@
+"""What the canary sees: fresh V of probe tokens in the pages against the V that the span was reused from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vlcache_dist.engine.runner import Runner
+from vlcache_dist.kv.object_store import Extent
+from vlcache_dist.model.upload import upload
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A reused span that is being watched. ``probes`` int64 [p]: tokens of the span, computed in every layer, whose
+    page slots are ``slots`` int64 [p]. ``kv`` must be held until the look is taken."""
+
+    index: int
+    length: int
+    kv: Extent
+    probes: np.ndarray
+    slots: np.ndarray
+
+
+class Look:
+    """Deviations on the device, enqueued behind the pass that computes the probes; ``ratios`` waits for them."""
+
+    def __init__(self, runner: Runner, spans: Sequence[Watched]) -> None:
+        self.spans = spans
+        slots, *probes = upload([np.concatenate([s.slots for s in spans]), *(s.probes for s in spans)], runner.device)
+        fresh = runner.pages[:, 1].flatten(1, 2).index_select(1, slots).float()
+        parts = [
+            runner.arena.kv_view(s.kv, s.length)[:, 1].index_select(1, at) for s, at in zip(spans, probes, strict=True)
+        ]
+        cached = torch.cat(parts, 1).float()
+        self._ratios = (fresh - cached).norm(dim=(-2, -1)) / cached.norm(dim=(-2, -1)).clamp_min(1e-12)
+
+    def ratios(self) -> list[np.ndarray]:
+        """|fresh - cached| / |cached| of V, fp32 [layer, p] per span."""
+        counts = np.cumsum([len(s.probes) for s in self.spans])[:-1]
+        return np.split(self._ratios.cpu().numpy(), counts, axis=1)
