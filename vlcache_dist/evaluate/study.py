@@ -90,10 +90,7 @@ def _sightings(trial: Trial, leading: int, strided: int) -> list[Sighting]:
             ratios.append(padded)
             dev = trial.deviation
             full_ratios.append(
-                [
-                    np.sqrt(d[:, b, here].sum(-1) / c[:, b, here].sum(-1))
-                    for d, c in ((dev.dk, dev.k), (dev.dv, dev.v))
-                ]
+                [np.sqrt(d[:, b, here].sum(-1) / c[:, b, here].sum(-1)) for d, c in ((dev.dk, dev.k), (dev.dv, dev.v))]
             )
         text, full_text = bench.text(answers.token_ids[b]), bench.text(trial.full.token_ids[b])
         out.append(

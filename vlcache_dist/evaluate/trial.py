@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class Trial:
         self.columns: list[list[slice]] = []
         for t in self.tokens:
             edges = np.cumsum([0, *(span.length for span in t.spans)])
-            self.columns.append([slice(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)])
+            self.columns.append([slice(int(a), int(b)) for a, b in pairwise(edges)])
         width = max(c[-1].stop for c in self.columns)
         where = np.full((len(self.cases), width), self._rows, np.int64)
         for b, t in enumerate(self.tokens):

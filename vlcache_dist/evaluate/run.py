@@ -1,0 +1,122 @@
+"""Every policy over every case of a suite, in one run: the same donors, the same full answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from vlcache_dist.evaluate.cases import Case, by_format
+from vlcache_dist.evaluate.policies import Policy, SpanView
+from vlcache_dist.evaluate.report import Outcome, edit_distance, pass_flops
+from vlcache_dist.evaluate.study import BATCH, is_right, kl_divergence
+from vlcache_dist.evaluate.trial import Answers, Trial
+from vlcache_dist.evaluate.workbench import Workbench
+
+
+def evaluate(
+    bench: Workbench,
+    cases: Sequence[Case],
+    policies: Sequence[Policy],
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> Iterator[Outcome]:
+    """Outcomes case by case. Raises InvalidPlan for a policy that does not fit the model."""
+    for name, group in by_format(cases).items():
+        for start in range(0, len(group), BATCH):
+            trial = Trial(bench, group[start : start + BATCH])
+            for policy in policies:
+                yield from _outcomes(trial, policy, seed=start)
+            bench.forget()
+            progress(name, min(start + BATCH, len(group)), len(group))
+
+
+def _outcomes(trial: Trial, policy: Policy, seed: int) -> Iterator[Outcome]:
+    shape = (trial.num_layers, *trial.known.shape)
+    fresh, probes = np.zeros(shape, bool), np.zeros(trial.known.shape, bool)
+    computed = np.zeros(len(trial.cases), np.int64)
+    spread = np.sqrt(trial.deviation.dk + trial.deviation.dv)
+    for b, (case, tokens) in enumerate(zip(trial.cases, trial.tokens, strict=True)):
+        rng = np.random.default_rng([seed, b])
+        for donor, span, here in zip(case.donors, tokens.spans, trial.columns[b], strict=True):
+            if donor is None:
+                fresh[:, b, here] = True
+                continue
+            columns = span.grid[2] // trial.bench.config.vision.spatial_merge_size
+            choice = policy.choose(SpanView(span.length, trial.num_layers, columns, spread[:, b, here], rng))
+            fresh[:, b, here] = choice.fresh
+            computed[b] += choice.computed
+            if policy.canary is not None:
+                probes[b, here.start + policy.canary.probes(span.length)] = True
+    watched = probes if policy.canary is not None else None
+    answers, seen = trial.reuse(fresh, rotated=policy.rotated, probes=watched)
+    escalated = np.zeros(len(trial.cases), bool)
+    if policy.canary is not None and seen is not None:
+        with np.errstate(invalid="ignore"):
+            ratios = np.sqrt(seen.dv / seen.v)
+        for b in range(len(trial.cases)):
+            first = _first_alarm(trial, policy, ratios, probes, b)
+            if first is not None:
+                escalated[b] = True
+                fresh[:, b, first:] = True
+                computed[b] += trial.num_layers * _reused(trial, b, first)
+        answers = _replaced(trial, answers, fresh, np.flatnonzero(escalated).tolist())
+    yield from _judged(trial, policy, answers, computed, escalated)
+
+
+def _first_alarm(trial: Trial, policy: Policy, ratios: np.ndarray, probes: np.ndarray, b: int) -> int | None:
+    """The column where the first span that alarms begins."""
+    assert policy.canary is not None
+    for donor, here in zip(trial.cases[b].donors, trial.columns[b], strict=True):
+        at = here.start + np.flatnonzero(probes[b, here])
+        if donor is not None and policy.canary.excess(ratios[:, b, at]) > 1:
+            return here.start
+    return None
+
+
+def _reused(trial: Trial, b: int, first: int = 0) -> int:
+    """Vision tokens with recorded KV from a column on."""
+    return int(trial.known[b, first:].sum())
+
+
+def _replaced(trial: Trial, answers: Answers, fresh: np.ndarray, again: list[int]) -> Answers:
+    """The answers of cases ``again`` from a second pass."""
+    if not again:
+        return answers
+    second, _ = trial.reuse(fresh, only=again)
+    logprobs, token_ids = answers.logprobs.clone(), list(answers.token_ids)
+    for i, b in enumerate(again):
+        logprobs[b], token_ids[b] = second.logprobs[i], second.token_ids[i]
+    return Answers(logprobs, token_ids)
+
+
+def _judged(
+    trial: Trial, policy: Policy, answers: Answers, computed: np.ndarray, escalated: np.ndarray
+) -> Iterator[Outcome]:
+    bench, layers = trial.bench, trial.num_layers
+    full, other = trial.full.logprobs.cpu().numpy(), answers.logprobs.cpu().numpy()
+    kl = kl_divergence(full, other)
+    for b, case in enumerate(trial.cases):
+        tokens, reused = trial.tokens[b], _reused(trial, b)
+        behind = len(tokens.ids) - tokens.spans[0].start
+        passes = 2 if escalated[b] else 1
+        token_layers = passes * layers * (behind - reused) + int(computed[b])
+        text, full_text = bench.text(answers.token_ids[b]), bench.text(trial.full.token_ids[b])
+        ended = [_until_end(bench, ids) for ids in (answers.token_ids[b], trial.full.token_ids[b])]
+        yield Outcome(
+            format=case.format,
+            policy=policy.name,
+            right=is_right(text, case.answers),
+            full_right=is_right(full_text, case.answers),
+            kl=float(kl[b]),
+            first_token_agrees=int(full[b].argmax()) == int(other[b].argmax()),
+            same_answer=text == full_text,
+            edit=edit_distance(*ended),
+            computed_share=float(computed[b]) / max(layers * reused, 1),
+            escalated=bool(escalated[b]),
+            flops=pass_flops(bench.config.text, token_layers, len(tokens.ids)),
+        )
+
+
+def _until_end(bench: Workbench, token_ids: Sequence[int]) -> list[int]:
+    ends = [i for i, token in enumerate(token_ids) if token in bench.config.eos_token_ids]
+    return list(token_ids[: ends[0]] if ends else token_ids)
