@@ -104,6 +104,17 @@ class ServeSettings(_Section):
     decodes: int = Field(default=1, ge=0, description="0: the prefill workers decode as well (colocated)")
     ingresses: int = Field(default=1, ge=1, description="HTTP replicas")
     gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each worker")
+    pool_resources: bool = Field(
+        default=False,
+        description="each worker asks Ray for one of its pool's own resource (encoder_pool, prefill_pool, decode_pool), "
+        "so that nodes which offer it are that pool's nodes",
+    )
+    api_keys: tuple[str, ...] = Field(
+        default=(), description="entries '[TENANT] sha256:HEX' (`vlcache-dist api-key` makes them); none: loopback only"
+    )
+    api_keys_file: str | None = Field(
+        default=None, description="file with such entries, one per line, read where an ingress runs"
+    )
     directory_shards: int = Field(default=2, ge=1)
     transport: Literal["nixl", "memory"] = Field(
         default="nixl", description="'memory' works inside one process only (tests)"

@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 import ray
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -22,8 +22,9 @@ from vlcache_dist.config import Settings
 from vlcache_dist.decode_workers.actor import DecodeReplica
 from vlcache_dist.encoder_workers.actor import EncoderReplica
 from vlcache_dist.prefill_workers.actor import PrefillReplica
+from vlcache_dist.serve.auth import ApiKeys, Guard
 from vlcache_dist.serve.build import build_frontend
-from vlcache_dist.serve.http import create_app
+from vlcache_dist.serve.http import admission, create_app
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +40,18 @@ class Ingress:
     async def __init__(self, settings: dict[str, Any], *pools: DeploymentHandle) -> None:  # type: ignore[misc]
         self._settings = Settings.of(**settings)
         self._pools = pools
+        self._guard = Guard(ApiKeys.of(self._settings.serve))
         site = Site("ingress", ray.util.get_node_ip_address(), directory_of(self._settings))
         self._frontend = await asyncio.to_thread(build_frontend, self._settings, site)
         await self._frontend.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         own = self._settings.serve
-        app = create_app(self._frontend, max_body_bytes=own.max_body_bytes, max_ongoing=own.max_ongoing)
+        app = create_app(
+            self._frontend, max_body_bytes=own.max_body_bytes, max_ongoing=own.max_ongoing, guard=self._guard
+        )
 
-        @app.get("/status")
+        @app.get("/status", dependencies=[Depends(admission(self._guard))])
         async def status() -> dict[str, Any]:
             return await self._frontend.status()
 
@@ -57,6 +61,11 @@ class Ingress:
         frontend = getattr(self, "_frontend", None)
         if frontend is not None:
             await frontend.close()
+
+
+def pool_resource(role: str) -> str:
+    """The custom Ray resource of a pool's nodes (``serve.pool_resources``)."""
+    return f"{role}_pool"
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
@@ -70,7 +79,11 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     def pool(deployment: Any, replicas: int) -> serve.Application:
         return deployment.options(
             num_replicas=replicas,
-            ray_actor_options={"num_cpus": 0, "num_gpus": own.gpus_per_worker},
+            ray_actor_options={
+                "num_cpus": 0,
+                "num_gpus": own.gpus_per_worker,
+                "resources": {pool_resource(deployment.func_or_class.role): 1} if own.pool_resources else {},
+            },
             max_ongoing_requests=UNBOUNDED,
             health_check_period_s=5,
             graceful_shutdown_wait_loop_s=0.5,

@@ -15,7 +15,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+import msgspec
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -27,10 +28,12 @@ from vlcache_dist.errors import (
     EngineError,
     Overloaded,
     PayloadTooLarge,
+    Unauthorized,
     UnknownModel,
     VLCacheError,
 )
 from vlcache_dist.metrics import Metrics
+from vlcache_dist.serve.auth import DEFAULT_TENANT, Guard
 from vlcache_dist.serve.chat import ChatBackend, ChatEvent, ChatRequest, Delta, Done
 from vlcache_dist.serve.openai import ChatCompletionBody, Completion, error_body, model_card
 
@@ -46,11 +49,13 @@ def create_app(
     max_ongoing: int = 256,
     metrics: Metrics | None = None,
     lifespan: Callable[[FastAPI], Any] | None = None,
+    guard: Guard | None = None,
 ) -> FastAPI:
     """``/v1/chat/completions``, ``/v1/models``, ``/healthz``, ``/metrics``. Above ``max_ongoing`` requests at a time
-    answers 503 (Overloaded)."""
+    answers 503 (Overloaded). A ``guard`` asks for API keys below ``/v1``; without one everybody is let in."""
     app = FastAPI(title="vlcache_dist", lifespan=lifespan)
-    endpoint = _ChatEndpoint(backend, max_body_bytes, max_ongoing, metrics or Metrics())
+    endpoint = _ChatEndpoint(backend, max_body_bytes, max_ongoing, metrics or Metrics(), guard)
+    guarded = [Depends(admission(guard))]
     created = int(time.time())
 
     app.add_api_route(
@@ -64,11 +69,11 @@ def create_app(
         },
     )
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model_card(backend.model, created, backend.max_model_len)]}
 
-    @app.get("/v1/models/{model:path}")
+    @app.get("/v1/models/{model:path}", dependencies=guarded)
     async def model(model: str) -> dict[str, Any]:
         if model != backend.model:
             raise UnknownModel(f"the model {model!r} does not exist here; {backend.model!r} does")
@@ -94,9 +99,23 @@ def create_app(
     return app
 
 
+def admission(guard: Guard | None) -> Callable[[Request], str]:
+    """The tenant of a request; raises Unauthorized. Also a FastAPI dependency for routes that are added later."""
+
+    def tenant(request: Request) -> str:
+        if guard is None:
+            return DEFAULT_TENANT
+        return guard.tenant(request.headers.get("authorization"), request.client.host if request.client else None)
+
+    return tenant
+
+
 class _ChatEndpoint:
-    def __init__(self, backend: ChatBackend, max_body_bytes: int, max_ongoing: int, metrics: Metrics) -> None:
+    def __init__(
+        self, backend: ChatBackend, max_body_bytes: int, max_ongoing: int, metrics: Metrics, guard: Guard | None
+    ) -> None:
         self._backend = backend
+        self._tenant = admission(guard)
         self._max_body_bytes = max_body_bytes
         self._max_ongoing = max_ongoing
         self._ongoing = 0
@@ -126,9 +145,10 @@ class _ChatEndpoint:
                 self._leave(status)
 
     async def _answer(self, request: Request) -> Response:
+        tenant = self._tenant(request)
         body = ChatCompletionBody.parse(await _read_body(request, self._max_body_bytes))
         request_id = f"chatcmpl-{uuid.uuid4().hex}"
-        chat = body.to_request(request_id, self._backend.model)
+        chat = msgspec.structs.replace(body.to_request(request_id, self._backend.model), tenant=tenant)
         usage = bool(body.stream_options and body.stream_options.include_usage)
         completion = Completion(
             request_id, self._backend.model, int(time.time()), logprobs=bool(body.logprobs), include_usage=usage
@@ -264,7 +284,9 @@ async def _read_body(request: Request, limit: int) -> bytes:
 
 
 def _error_response(error: VLCacheError) -> Response:
-    headers = {"retry-after": "1"} if error.retryable else None
+    headers = {"retry-after": "1"} if error.retryable else {}
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 

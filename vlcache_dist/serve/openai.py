@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vlcache_dist.errors import BadRequest, InvalidPlan, PromptTooLong, UnknownModel, VLCacheError
+from vlcache_dist.errors import BadRequest, InvalidPlan, PromptTooLong, Unauthorized, UnknownModel, VLCacheError
 from vlcache_dist.prompt import parse_messages
 from vlcache_dist.serve.chat import ChatRequest, Delta, Done, SpelledToken
 from vlcache_dist.types import FinishReason, ReuseMode, SamplingParams
@@ -249,6 +249,8 @@ def error_body(error: VLCacheError) -> dict[str, Any]:
 def _code(error: VLCacheError) -> str:
     if isinstance(error, UnknownModel):
         return "model_not_found"
+    if isinstance(error, Unauthorized):
+        return "invalid_api_key"
     if isinstance(error, PromptTooLong):
         return "context_length_exceeded"
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error.code).lower()
