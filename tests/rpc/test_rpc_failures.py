@@ -127,14 +127,17 @@ async def test_a_stall_of_the_own_process_is_not_taken_for_the_servers_silence()
         await client.close()
 
 
-async def test_a_stall_of_the_own_process_is_not_taken_for_the_clients_silence(serve: Serve) -> None:
+async def test_a_pause_of_both_processes_is_not_taken_for_the_clients_silence(serve: Serve) -> None:
+    """A host that was suspended: when it goes on, neither has heard of the other."""
     waiting = Waiting()
     server = await serve({wire.Drain: waiting.__call__}, peer_timeout_s=1.0)
-    with running("call", server.address):
+    with running("call", server.address) as peer:
         await waiting.until(1, 20)
         await asyncio.sleep(0.6)
-        time.sleep(1.8)  # noqa: ASYNC251
-        await asyncio.sleep(0.8)
+        peer.stop()
+        time.sleep(2.5)  # noqa: ASYNC251
+        peer.go_on()
+        await asyncio.sleep(1.5)
         assert waiting.running == 1
 
 

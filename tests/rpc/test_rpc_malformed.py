@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from rpc_peer import Serve
 
 from vlcache_dist import wire
-from vlcache_dist.errors import ProtocolError
+from vlcache_dist.errors import ProtocolError, WorkerLost
 from vlcache_dist.rpc import CALL, CANCEL, END, ERROR, PING, PONG, Call, RpcClient, RpcServer
 
 encode = msgspec.msgpack.encode
@@ -129,8 +130,8 @@ async def test_a_call_id_that_is_under_way_does_not_disturb_its_call(serve: Serv
     raw.connect(server.address)
     for _ in range(2):
         await raw.send_multipart([envelope(CALL, 1), encode(wire.Drain())])
-    await raw.send_multipart([envelope(PING, 0), encode([1])])
-    assert await receive(raw) == [[VERSION, PONG, 0, 0.0], []], "the call is known"
+    await raw.send_multipart([envelope(PING, 0), encode([1, 8, 9])])
+    assert await receive(raw) == [[VERSION, PONG, 0, 0.0], [8, 9]], "those that are not known"
     go.set()
     assert (await receive(raw))[0][1:3] == [END, 1]
     assert calls == 1
@@ -184,8 +185,10 @@ class FakeServer:
 
     async def _run(self) -> None:
         while True:
-            peer, first, *_ = await self._socket.recv_multipart()
+            peer, first, *body = await self._socket.recv_multipart()
             _, kind, call, _ = decode(first)
+            if kind == PING:
+                await self._socket.send_multipart([peer, envelope(PONG, 0), *body])  # knows none of the calls
             if kind == CALL:
                 for reply in self._replies:
                     frames = [frame.replace(b"CALL", bytes([call])) for frame in reply]
@@ -227,5 +230,16 @@ async def test_nonsense_before_an_answer_is_passed_over(client: RpcClient) -> No
     )
     try:
         assert await client.call(server.address, wire.Drain(), timeout_s=5) == wire.Ok()
+    finally:
+        await server.close()
+
+
+async def test_a_call_that_the_server_knows_nothing_of_is_lost(client: RpcClient) -> None:
+    server = FakeServer()
+    try:
+        start = time.monotonic()
+        with pytest.raises(WorkerLost, match="knows nothing"):
+            await client.call(server.address, wire.Drain(), timeout_s=30)
+        assert time.monotonic() - start < 3
     finally:
         await server.close()
