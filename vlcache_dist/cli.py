@@ -123,6 +123,28 @@ def bench_ttft(
     console.print(table)
 
 
+@bench_app.command("transfer")
+def bench_transfer(
+    json_file: Annotated[Path, typer.Option("--json", help="where the report goes")],
+    device: Annotated[str, typer.Option(help="cpu, or cuda: GPU 0 reads GPU 1's memory")] = "cpu",
+    seconds: Annotated[float, typer.Option(min=0.0, help="per size and kind of copy")] = 1.0,
+) -> None:
+    """One process reads another's memory through NIXL, beside a plain copy in the same run."""
+    from vlcache_dist.bench.transfer import run
+
+    console = Console(stderr=True)
+    with _told(console):
+        report = run(device, seconds=seconds)
+    json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    table = Table(title=f"READ through NIXL, {device}; plain copy {report['peer_copy_gbps']:.4g} GB/s")
+    names = ("bytes", "gbps", "median_gbps", "median_us", "copy_median_gbps", "share")
+    for name in names:
+        table.add_column(name)
+    for row in report["rows"]:
+        table.add_row(*(f"{row[name]:.10g}" for name in names))
+    console.print(table)
+
+
 @app.command()
 def status(
     url: Annotated[str, typer.Option(help="base URL of a running server")] = "http://127.0.0.1:8000",
