@@ -145,6 +145,77 @@ def bench_transfer(
     console.print(table)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="'tiny' (bundled), a checkpoint folder, or a hub name")] = "tiny",
+    suite: Annotated[str, typer.Option(help="tune, held-out, or a folder with JSON Lines and pictures")] = "held-out",
+    policies: Annotated[
+        str | None, typer.Option(help="separated by commas; see vlcache_dist.evaluate.policies")
+    ] = None,
+    cases: Annotated[int, typer.Option(min=1, help="cases per format, or lines per file")] = 32,
+    seed: Annotated[int, typer.Option(help="of generated suites")] = 0,
+    max_answer: Annotated[int, typer.Option(min=1, help="tokens of an answer")] = 12,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
+    plots: Annotated[Path | None, typer.Option(help="write SVG plots to this folder")] = None,
+) -> None:
+    """Ask questions under other contexts' KV and show what every policy costs and gets wrong."""
+    from vlcache_dist.evaluate import cli
+    from vlcache_dist.evaluate.workbench import Workbench
+
+    console = Console(stderr=True)
+    with _told(console), console.status("starting") as progress:
+        bench = Workbench(model, device=device, dtype=dtype, max_answer=max_answer)
+        spellings = cli.split_policies(policies or cli.DEFAULT_POLICIES)
+        rows = cli.run_eval(bench, cli.load_suite(suite, cases, seed), spellings, progress.update)
+        if json_file is not None:
+            cli.write_json(json_file, bench, suite, rows, cases_per_format=cases, seed=seed)
+        if plots is not None:
+            cli.write_plots(rows, plots)
+    table = Table("format", "policy", "cases", "right", "in full", "KL", "% computed", "% escalated")
+    for row in rows:
+        shares = (f"{100 * row[name]:.1f}" for name in ("computed_share", "escalated_share"))
+        right = (f"{row[name]:.3f}" for name in ("exact_match", "full_exact_match", "kl"))
+        table.add_row(row["format"], row["policy"], str(row["cases"]), *right, *shares)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="'tiny' (bundled), a checkpoint folder, or a hub name")] = "tiny",
+    out: Annotated[Path, typer.Option(help="the plan file to write")] = Path("plan.json"),
+    images: Annotated[Path | None, typer.Option(help="folder of pictures; without it the bundled suite 'tune'")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="text file, one question per line")] = None,
+    budget: Annotated[float, typer.Option(min=0, max=100, help="percent of token-layers besides the probes")] = 2.0,
+    leading: Annotated[int, typer.Option(min=0, help="probe tokens at the start of a picture")] = 0,
+    strided: Annotated[int, typer.Option(min=0, help="probe tokens spread over it")] = 3,
+    catch: Annotated[float, typer.Option(min=0.5, max=1, help="share of harmful cases that must alarm")] = 0.99,
+    cases: Annotated[int, typer.Option(min=1, help="cases per format of the bundled suite")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+) -> None:
+    """Measure what a model's layers tell about harmful contexts and write a plan file with a canary."""
+    from vlcache_dist.evaluate import calibration
+    from vlcache_dist.evaluate.generated import generate
+    from vlcache_dist.evaluate.workbench import Workbench
+
+    console = Console(stderr=True)
+    with _told(console), console.status("starting") as progress:
+        if images is None:
+            chosen, data = generate("tune", cases), f"suite tune, {cases} cases per format"
+        else:
+            lines = prompts.read_text().splitlines() if prompts is not None else []
+            asked = {"prompts": tuple(line for line in lines if line.strip())} if prompts is not None else {}
+            chosen, data = calibration.contexts(images, **asked), f"pictures in {images.name}"
+        bench = Workbench(model, device=device, dtype=dtype)
+        contents = calibration.calibrate(
+            bench, chosen, budget=budget, probes=(leading, strided), catch=catch, data=data, say=progress.update
+        )
+        calibration.write_plan(out, contents)
+    console.print(f"{out}: canary {contents['canary']}, {contents['provenance']}")
+
+
 @app.command()
 def status(
     url: Annotated[str, typer.Option(help="base URL of a running server")] = "http://127.0.0.1:8000",

@@ -106,8 +106,8 @@ class ServeSettings(_Section):
     gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each worker")
     pool_resources: bool = Field(
         default=False,
-        description="each worker asks Ray for one of its pool's own resource (encoder_pool, prefill_pool, decode_pool), "
-        "so that nodes which offer it are that pool's nodes",
+        description="each worker asks Ray for one of its pool's own resource (encoder_pool, prefill_pool, "
+        "decode_pool), so that nodes which offer it are that pool's nodes",
     )
     api_keys: tuple[str, ...] = Field(
         default=(), description="entries '[TENANT] sha256:HEX' (`vlcache-dist api-key` makes them); none: loopback only"

@@ -241,5 +241,3 @@ class EncoderWorker:
                 task.result.exception()  # retrieved: nobody is left to hear it
         else:
             task.result.cancel()
-
-

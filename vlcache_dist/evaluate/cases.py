@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlcache_dist.demo.pictures import Kind, Picture, draw
 
@@ -36,6 +36,7 @@ def _drawn(kind: Kind, seed: int, rows: int, columns: int) -> Picture:
 
 
 Part = str | Shown
+Metric = Literal["exact", "relaxed", "choice"]  #: see ``scoring.is_right``
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class Case:
     dialogue: Dialogue
     answers: tuple[str, ...]
     donors: tuple[Donor | None, ...]
+    metric: Metric = "exact"
 
     def __post_init__(self) -> None:
         if len(self.donors) != len(self.dialogue.pictures):

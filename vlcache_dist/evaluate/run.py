@@ -9,7 +9,8 @@ import numpy as np
 from vlcache_dist.evaluate.cases import Case, by_format
 from vlcache_dist.evaluate.policies import Policy, SpanView
 from vlcache_dist.evaluate.report import Outcome, edit_distance, pass_flops
-from vlcache_dist.evaluate.study import BATCH, is_right, kl_divergence
+from vlcache_dist.evaluate.scoring import is_right, kl_divergence
+from vlcache_dist.evaluate.study import BATCH
 from vlcache_dist.evaluate.trial import Answers, Trial
 from vlcache_dist.evaluate.workbench import Workbench
 
@@ -105,8 +106,8 @@ def _judged(
         yield Outcome(
             format=case.format,
             policy=policy.name,
-            right=is_right(text, case.answers),
-            full_right=is_right(full_text, case.answers),
+            right=is_right(text, case.answers, case.metric),
+            full_right=is_right(full_text, case.answers, case.metric),
             kl=float(kl[b]),
             first_token_agrees=int(full[b].argmax()) == int(other[b].argmax()),
             same_answer=text == full_text,

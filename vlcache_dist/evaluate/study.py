@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlcache_dist.evaluate.cases import Case, by_format
+from vlcache_dist.evaluate.scoring import is_right, kl_divergence
 from vlcache_dist.evaluate.trial import Trial
 from vlcache_dist.evaluate.workbench import Workbench
 from vlcache_dist.reuse.probes import probe_tokens
@@ -57,16 +58,6 @@ def sight(
     return found
 
 
-def kl_divergence(full: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL(full || other) in nats of log-probabilities [B, vocab] -> [B]."""
-    return np.maximum((np.exp(full) * (full - other)).sum(-1), 0.0)
-
-
-def is_right(text: str, answers: Sequence[str]) -> bool:
-    """Exact match up to case and space, with any of the answers."""
-    return " ".join(text.lower().split()) in {" ".join(a.lower().split()) for a in answers}
-
-
 def _sightings(trial: Trial, leading: int, strided: int) -> list[Sighting]:
     bench = trial.bench
     probes = np.zeros(trial.known.shape, bool)
@@ -96,8 +87,8 @@ def _sightings(trial: Trial, leading: int, strided: int) -> list[Sighting]:
         out.append(
             Sighting(
                 case.format,
-                is_right(full_text, case.answers),
-                is_right(text, case.answers),
+                is_right(full_text, case.answers, case.metric),
+                is_right(text, case.answers, case.metric),
                 float(kl[b]),
                 int(trial.full.logprobs[b].argmax()) == int(answers.logprobs[b].argmax()),
                 np.stack(ratios),

@@ -13,8 +13,6 @@ from vlcache_dist.evaluate.cases import Case, Donor
 from vlcache_dist.evaluate.dense import Captured, DenseCache
 from vlcache_dist.evaluate.workbench import Tokens, Workbench
 
-MAX_ANSWER = 12  #: tokens, the end-of-sequence token included
-
 
 @dataclass(frozen=True, slots=True)
 class Answers:
@@ -46,7 +44,7 @@ class Trial:
         bench.encode(p for d in donors for p in d.dialogue.pictures)
         self.tokens = [bench.tokens(case.dialogue) for case in self.cases]
         self._length = max(len(t.ids) for t in self.tokens)
-        self._rows = self._length + MAX_ANSWER
+        self._rows = self._length + bench.max_answer
         self._x, index, self._positions = _stack(bench, self.tokens, self._rows)
         self._cache = dense.new_cache(len(self.cases), self._rows)
         self.columns: list[list[slice]] = []
@@ -120,12 +118,14 @@ class Trial:
         inside = at.clamp(max=self._length - 1)
         x = self._x[chosen].gather(1, inside[..., None].expand(-1, -1, self._x.shape[-1]))
         positions = self._positions[:, chosen].gather(2, inside[None].expand(3, -1, -1))
-        capture = None if probes is None else torch.arange(widest, device=device).expand(len(picked), -1)
+        capture = None if probes is None else torch.arange(widest, device=device).expand((len(picked), -1))
         hidden, seen = dense.run(x, at, positions, cache, torch.from_numpy(mask).to(device), capture)
-        answers = self._answer(hidden[torch.arange(len(picked)), [len(r) - 1 for r in rows]], cache, picked)
+        answers = self._answer(
+            hidden[torch.arange(len(picked)), torch.tensor([len(r) - 1 for r in rows])], cache, picked
+        )
         if probes is None or seen is None:
             return answers, None
-        back = torch.zeros(len(picked), self.known.shape[1], dtype=torch.long)
+        back = torch.zeros(len(picked), self.known.shape[1], dtype=torch.long)  # type: ignore[misc]
         for i, c in enumerate(columns):
             back[i, c[c >= 0]] = torch.from_numpy(np.flatnonzero(c >= 0))
         each = torch.arange(len(picked))[:, None]
@@ -157,9 +157,9 @@ class Trial:
                 n = len(at[i])
                 found[donor] = seen.k[:, i, :n], seen.v[:, i, :n], positions[:, i, at[i]]
         for b, case in enumerate(self.cases):
-            for donor, here in zip(case.donors, self.columns[b], strict=True):
-                if donor is not None:
-                    self._kept.k[:, b, here], self._kept.v[:, b, here], self._kept_positions[:, b, here] = found[donor]
+            for given, here in zip(case.donors, self.columns[b], strict=True):
+                if given is not None:
+                    self._kept.k[:, b, here], self._kept.v[:, b, here], self._kept_positions[:, b, here] = found[given]
                     self.known[b, here] = True
 
     def _answer(self, hidden: torch.Tensor, cache: DenseCache, picked: Sequence[int] | None = None) -> Answers:
@@ -173,11 +173,11 @@ class Trial:
         eos = torch.tensor(sorted(self.bench.config.eos_token_ids), device=device)
         done = torch.zeros(len(chosen), dtype=torch.bool, device=device)
         drawn = []
-        for step in range(MAX_ANSWER):
+        for step in range(self.bench.max_answer):
             token = logits.argmax(-1)
             drawn.append(token)
             done |= torch.isin(token, eos)
-            if bool(done.all()) or step == MAX_ANSWER - 1:
+            if bool(done.all()) or step == self.bench.max_answer - 1:
                 break
             at = lengths + step
             position = (at + deltas).to(torch.int32)[None, :, None].expand(3, -1, -1)

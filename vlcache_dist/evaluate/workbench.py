@@ -35,9 +35,10 @@ class Tokens:
 
 
 class Workbench:
-    """``model`` as in ``LLM``. Encoder outputs of the pictures asked for are kept until ``forget``."""
+    """``model`` as in ``LLM``. Encoder outputs of the pictures asked for are kept until ``forget``. ``max_answer``:
+    tokens of an answer, the end-of-sequence token included."""
 
-    def __init__(self, model: str = "tiny", *, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(self, model: str = "tiny", *, device: str = "auto", dtype: str = "auto", max_answer: int = 12) -> None:
         settings = ModelSettings.of(model=model, device=device, dtype=dtype)
         placement = Placement.of(settings)
         checkpoint = Checkpoint.open(settings.model, settings.revision)
@@ -49,6 +50,7 @@ class Workbench:
             checkpoint.folder, merge_size=self.config.vision.spatial_merge_size, max_model_len=1 << 20
         )
         self._text = TokenText(self._prompts.tokenizer)
+        self.max_answer = max_answer
         self._seen: dict[Shown, tuple[MediaMeta, torch.Tensor]] = {}
 
     def encode(self, pictures: Iterable[Shown]) -> None:

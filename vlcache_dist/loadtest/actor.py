@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import msgspec
 import ray
@@ -32,8 +33,11 @@ def is_joined() -> bool:
     return bool(ray.is_initialized())
 
 
-def nodes() -> list[str]:
-    """Ids of the nodes that are alive, in a fixed order."""
+def places(url: str) -> list[str]:
+    """Ids of the nodes from which ``url`` can be reached, in a fixed order: all that are alive, or, for an address of
+    this machine alone, this one."""
+    if urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost"):
+        return [ray.get_runtime_context().get_node_id()]
     return sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
@@ -43,13 +47,12 @@ def _drive(job: bytes) -> Iterator[bytes]:
         yield msgspec.msgpack.encode(batch)
 
 
-def drive_on_nodes(jobs: Sequence[Job]) -> Iterator[list[Record]]:
-    """Every job in a task of its own, jobs spread over the nodes in turn; records as they come. Raises WorkerLost if
+def drive_on_nodes(jobs: Sequence[Job], nodes: Sequence[str]) -> Iterator[list[Record]]:
+    """Every job in a task of its own, jobs spread over ``nodes`` in turn; records as they come. Raises WorkerLost if
     a task or its node dies. Closing the iterator stops the tasks."""
-    places = nodes()
     running: list[Any] = []
     for number, job in enumerate(jobs):
-        strategy = NodeAffinitySchedulingStrategy(places[number % len(places)], soft=False)
+        strategy = NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=False)
         running.append(_drive.options(scheduling_strategy=strategy).remote(msgspec.msgpack.encode(job)))
     try:
         while running:

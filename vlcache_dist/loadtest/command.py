@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -91,7 +93,7 @@ def loadtest(
                 limit_s=time_limit,
                 seed=seed,
                 reuse=reuse,
-                clients=clients or (len(actor.nodes()) if actor.is_joined() else 1),
+                clients=clients or (len(actor.places(base)) if actor.is_joined() else 1),
                 metrics_urls=tuple(metrics_url or ("/metrics",)),
             )
             console.print(
@@ -138,6 +140,9 @@ def _deployment(
     from vlcache_dist.serve.cluster import running
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    warnings.filterwarnings("ignore", module="ray")
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if address is not None and Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     if url is not None:
@@ -193,4 +198,5 @@ def _write(out: Path, run: Run, console: Console) -> None:
             for name, rate in dict.fromkeys((point.scenario, point.rate) for point in run.points)
         )
     )
+    print((out / "table.md").read_text(), end="")
     console.print(f"{out / 'report.html'}, {out / 'result.json'}, {out / 'table.md'}")

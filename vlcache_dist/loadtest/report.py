@@ -63,7 +63,7 @@ def table(points: Sequence[Point]) -> list[list[str]]:
         base = next((arm.summary.ttft_p50 for arm in point.arms if arm.reuse == "off"), 0.0)
         for arm in point.arms:
             s = arm.summary
-            ratio = f"{s.ttft_p50 / base:.2f}x" if base and arm.reuse != "off" else ""
+            ratio = f"{s.ttft_p50 / base:.2f}×" if base and arm.reuse != "off" else ""
             rows.append(
                 [
                     f"{point.repeated:.0%}",
@@ -104,7 +104,7 @@ def _section(scenario: str, rate: float, points: list[Point]) -> str:
 
 def _cell(text: str) -> str:
     mark = ""
-    if text.endswith("x"):
+    if text.endswith("×"):
         ratio = float(text[:-1])
         mark = ' class="worse"' if ratio > 1.02 else ' class="better"' if ratio < 0.98 else ""
     return f"<td{mark}>{escape(text)}</td>"

@@ -15,7 +15,7 @@ import msgspec
 
 from vlcache_dist.errors import ConfigError, VLCacheError
 from vlcache_dist.loadtest import arrivals, counters, scenario
-from vlcache_dist.loadtest.actor import drive_on_nodes, is_joined
+from vlcache_dist.loadtest.actor import drive_on_nodes, is_joined, places
 from vlcache_dist.loadtest.analysis import summarize
 from vlcache_dist.loadtest.client import Job, Target, drive
 from vlcache_dist.loadtest.dataset import Request, render
@@ -101,7 +101,7 @@ def measure(target: Target, options: Options, tell: Callable[[str, int, int], No
         objective=options.objective,
         scenarios=list(options.scenarios),
         workers=workers,
-        versions={name: version(name) for name in ("vlcache-dist", "torch", "ray")},
+        versions={name: version(name) for name in ("torch", "transformers", "ray")},
         host=f"{os.cpu_count()} cores, {platform.machine()}",
         started=started,
         points=points,
@@ -171,7 +171,7 @@ def _arm(
 def _drive(jobs: Sequence[Job]) -> Generator[list[Record]]:
     """In Ray tasks where there is a cluster, else in this process."""
     if is_joined():
-        yield from drive_on_nodes(jobs)
+        yield from drive_on_nodes(jobs, places(jobs[0].target.url))
         return
     if len(jobs) > 1:
         raise ConfigError("several clients need a Ray cluster to run on: name one with --address")

@@ -40,7 +40,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sizes: tuple[tuple[int, int], ...] = ((8, 8),)
     tenants: int = 1
     sessions: int = 4
-    max_turns: int = 8
+    max_turns: int = 24
     max_tokens: int = 16
 
 

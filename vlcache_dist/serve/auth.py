@@ -1,8 +1,8 @@
 """API keys: who may ask, and as which tenant.
 
-Only digests of keys are kept, in files, in settings and in memory: an entry is ``[TENANT] sha256:HEX``, one per line of a
-file, separated by commas in the environment. Keys are random and long (``new_key``), so one SHA-256 is enough. A key
-without a tenant belongs to ``default``; several keys may name one tenant.
+Only digests of keys are kept, in files, in settings and in memory: an entry is ``[TENANT] sha256:HEX``, one per line
+of a file, separated by commas in the environment. Keys are random and long (``new_key``), so one SHA-256 is enough. A
+key without a tenant belongs to ``default``; several keys may name one tenant.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class ApiKeys:
     """Digests of the keys that are let in."""
 
     def __init__(self, entries: Iterable[str], where: str = "serve.api_keys") -> None:
-        """``entries`` as above; empty ones and comments (``#``) are skipped. Raises ConfigError, which never repeats what
-        might be a key."""
+        """``entries`` as above; empty ones and comments (``#``) are skipped. Raises ConfigError, which never repeats
+        what might be a key."""
         self._tenants: dict[bytes, str] = {}
         for number, entry in enumerate(entries, start=1):
             entry = entry.strip()
@@ -45,8 +45,8 @@ class ApiKeys:
 
     @classmethod
     def of(cls, settings: ServeSettings, environment: Mapping[str, str] = os.environ) -> ApiKeys:
-        """Keys from the settings, the file that they name, and the environment. Raises ConfigError: a file that is named
-        but not there, or holds no key, would leave the endpoint open or dead without a word."""
+        """Keys from the settings, the file that they name, and the environment. Raises ConfigError: a file that is
+        named but not there, or holds no key, would leave the endpoint open or dead without a word."""
         keys = cls(settings.api_keys)
         if settings.api_keys_file is not None:
             keys._tenants |= cls.read(Path(settings.api_keys_file))._tenants
@@ -113,7 +113,9 @@ def entry_of(key: str, tenant: str = DEFAULT_TENANT) -> str:
     """What is kept of a key. Raises ConfigError if the tenant's name will not do."""
     entry = f"{tenant} sha256:{hashlib.sha256(key.encode()).hexdigest()}"
     if _ENTRY.fullmatch(entry) is None:
-        raise ConfigError(f"tenant {tenant!r}: 1 to 64 letters, digits, '.', '_' and '-' are wanted, a letter or digit first")
+        raise ConfigError(
+            f"tenant {tenant!r}: 1 to 64 letters, digits, '.', '_' and '-' are wanted, a letter or digit first"
+        )
     return entry
 
 
@@ -121,8 +123,8 @@ def require_keys(settings: ServeSettings, environment: Mapping[str, str] = os.en
     """Raises ConfigError if others could reach an endpoint that asks nobody for a key."""
     if not is_loopback(settings.host) and not ApiKeys.of(settings, environment):
         raise ConfigError(
-            f"serve.host = {settings.host!r} can be reached from other machines, but there are no API keys: name a file "
-            f"with --api-keys or serve.api_keys_file, set {ENVIRONMENT}, or listen on 127.0.0.1"
+            f"serve.host = {settings.host!r} can be reached from other machines, but there are no API keys: name a "
+            f"file with --api-keys or serve.api_keys_file, set {ENVIRONMENT}, or listen on 127.0.0.1"
         )
 
 

@@ -1,0 +1,115 @@
+"""The evaluation's dense forward computes what the engine computes: same donors, same plans, same distributions."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vlcache_dist import LLM, SamplingParams
+from vlcache_dist.config import EngineSettings
+from vlcache_dist.evaluate.cases import Case, Dialogue, Shown
+from vlcache_dist.evaluate.generated import generate
+from vlcache_dist.evaluate.policies import parse_policy
+from vlcache_dist.evaluate.report import Outcome
+from vlcache_dist.evaluate.run import evaluate
+from vlcache_dist.evaluate.trial import Trial
+from vlcache_dist.evaluate.workbench import Workbench
+
+torch.set_num_threads(1)
+SAMPLING = SamplingParams(max_tokens=12, logprobs=3)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Workbench:
+    return Workbench("tiny", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("tiny", "cpu", "float32", engine=EngineSettings(store_bytes=32 << 20, kv_bytes=16 << 20))
+
+
+def messages(dialogue: Dialogue) -> list[dict[str, Any]]:
+    def part(x: str | Shown) -> dict[str, Any]:
+        if isinstance(x, str):
+            return {"type": "text", "text": x}
+        return {"type": "image_url", "image_url": {"url": "data:;base64," + base64.b64encode(x.data()).decode()}}
+
+    return [{"role": role, "content": [part(x) for x in parts]} for role, parts in dialogue.turns]
+
+
+def picked() -> list[Case]:
+    cases = generate("tune", 1, seed=5)
+    return [case for case in cases if case.format in ("other text before", "question first", "swapped labels")]
+
+
+@pytest.mark.parametrize("plan", ["none", "uniform:5", "pyramid:20-2", "none+canary:0,3,5<0.5"])
+def test_same_distribution_and_answer(bench: Workbench, llm: LLM, plan: str) -> None:
+    for case in picked():
+        llm.store.clear()
+        llm.engine.pool.drop_contents()
+        for donor in case.donors:
+            assert donor is not None
+            llm.chat(messages(donor.dialogue), SAMPLING, plan="full")
+        out = llm.chat(messages(case.dialogue), SAMPLING, plan=plan)
+        assert out.logprobs is not None
+        trial = Trial(bench, [case])
+        (outcome,) = list(evaluate(bench, [case], [parse_policy(plan)]))
+        assert outcome.escalated == any(report.escalated for report in out.vlcache)
+        if not outcome.escalated:
+            answers, _ = trial.reuse(_fresh(trial, plan))
+        else:
+            answers = trial.full
+        ours = answers.token_ids[0][: len(out.token_ids)]
+        assert list(out.token_ids) == ours
+        assert float(answers.logprobs[0, ours[0]]) == pytest.approx(out.logprobs[0].logprob, abs=1e-4)
+
+
+def _fresh(trial: Trial, plan: str) -> np.ndarray:
+    fresh = np.zeros((trial.num_layers, *trial.known.shape), bool)
+    for here in trial.columns[0]:
+        from vlcache_dist.reuse.plan import Plan
+
+        depths = Plan.parse(plan).depths(here.stop - here.start, trial.num_layers)
+        fresh[:, 0, here] = np.arange(trial.num_layers)[:, None] < depths
+    return fresh
+
+
+def test_a_full_recompute_is_the_full_run_and_batches_do_not_matter(bench: Workbench) -> None:
+    cases = picked()
+    together = Trial(bench, cases)
+    everything = np.ones((together.num_layers, *together.known.shape), bool)
+    answers, _ = together.reuse(everything)
+    torch.testing.assert_close(answers.logprobs, together.full.logprobs, atol=2e-4, rtol=0)
+    for b, case in enumerate(cases):
+        alone = Trial(bench, [case])
+        torch.testing.assert_close(alone.full.logprobs[0], together.full.logprobs[b], atol=2e-4, rtol=0)
+
+
+def test_policies_do_what_they_say(bench: Workbench) -> None:
+    """Reuse without rotation fails where reuse with it does not; swapped labels fail, and the canary sees it."""
+    cases = generate("tune", 3, seed=2)
+    cases = [c for c in cases if c.format in ("other text before", "swapped labels")]
+    names = ["full", "none", "unrotated", "uniform:5", "none+canary:0,3,5<0.5"]
+    found: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in evaluate(bench, cases, [parse_policy(name) for name in names]):
+        found.setdefault((outcome.format, outcome.policy), []).append(outcome)
+
+    def mean(format_: str, policy: str, field: str) -> float:
+        return float(np.mean([getattr(o, field) for o in found[format_, policy]]))
+
+    quiet, loud = "other text before", "swapped labels"
+    assert mean(quiet, "full", "right") == mean(quiet, "none", "right") == 1.0
+    assert mean(quiet, "unrotated", "kl") > 0.5 > mean(quiet, "none", "kl")
+    assert mean(loud, "none", "right") < 0.7
+    assert mean(loud, "none+canary:0,3,5<0.5", "right") == mean(loud, "full", "right") == 1.0
+    assert mean(loud, "none+canary:0,3,5<0.5", "escalated") == 1.0
+    assert mean(quiet, "none+canary:0,3,5<0.5", "escalated") == 0.0
+    assert mean(quiet, "none", "computed_share") == 0.0 and mean(quiet, "full", "computed_share") == 1.0
+    assert mean(loud, "none+canary:0,3,5<0.5", "computed_share") == pytest.approx(1 + 3 / 64)
+    assert mean(loud, "full", "kl") < 1e-6 and mean(loud, "full", "edit") == 0
+    assert mean(quiet, "none", "flops") < mean(quiet, "uniform:5", "flops") < mean(quiet, "full", "flops")

@@ -1,0 +1,123 @@
+"""Probe tokens, limits, spellings, and how calibration chooses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from vlcache_dist.errors import InvalidPlan
+from vlcache_dist.reuse.calibrate import budget_plans, choose_limit, least_error, roc
+from vlcache_dist.reuse.canary import Canary
+from vlcache_dist.reuse.plan import Plan
+from vlcache_dist.reuse.plan_file import parse_plan_file
+from vlcache_dist.reuse.probes import probe_tokens
+
+
+def test_probe_tokens_lead_and_stride() -> None:
+    assert probe_tokens(64, 2, 3).tolist() == [0, 1, 10, 32, 53]
+    assert probe_tokens(64, 0, 1).tolist() == [32]
+    assert probe_tokens(4, 3, 8).tolist() == [0, 1, 2, 3]
+    assert probe_tokens(16384, 0, 3).tolist() == [2730, 8192, 13653]
+
+
+@pytest.mark.parametrize("spelling", ["none+canary:0,3,5<0.5", "uniform:5,min=2+canary:2,0,1<0.25,7<3"])
+def test_spellings_come_back(spelling: str) -> None:
+    plan = Plan.parse(spelling)
+    assert str(plan) == spelling and Plan.parse(str(plan)) == plan
+    assert plan.canary is not None and not plan.is_none(64, 10) and not plan.is_full(64, 10)
+
+
+def test_a_full_plan_needs_no_canary() -> None:
+    assert str(Plan.parse("full+canary:0,3,5<0.5")) == "full"
+    assert Plan.parse("full").canary is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1",
+        "1,2",
+        "1,2,",
+        "x,2,5<1",
+        "1,2,5",
+        "1,2,5<0",
+        "1,2,5<1001",
+        "0,0,5<1",
+        "1,2,5<1,5<2",
+        "1,2,6<1,5<2",
+        "9999,1,5<1",
+    ],
+)
+def test_bad_canaries(text: str) -> None:
+    with pytest.raises(InvalidPlan):
+        Plan.parse(f"none+canary:{text}")
+
+
+def test_layers_must_exist() -> None:
+    with pytest.raises(InvalidPlan, match="layer 10"):
+        Plan.parse("none+canary:0,3,10<1").depths(64, 10)
+
+
+def test_depths_have_the_probes_in_every_layer() -> None:
+    depths = Plan.parse("counts:8*2,0*8+canary:0,2,5<1").depths(64, 10)
+    assert depths[[16, 48]].tolist() == [10, 10] and depths[:8].tolist() == [2] * 8 and depths.sum() == 36
+
+
+def test_excess_is_in_units_of_the_limit() -> None:
+    canary = Canary(1, 1, ((1, 0.5), (2, 2.0)))
+    ratios = np.zeros((3, 2), np.float32)
+    ratios[0] = 9
+    assert canary.excess(ratios) == 0
+    ratios[2, 1] = 1
+    assert canary.excess(ratios) == 0.5
+    ratios[1, 0] = 0.75
+    assert canary.excess(ratios) == 1.5
+    ratios[0, 0] = np.nan
+    assert canary.excess(ratios) == float("inf")
+
+
+def test_plan_files_carry_canaries() -> None:
+    contents = {"format": 1, "model": "m", "num_layers": 2, "percents": [5, 0], "canary": "0,3,1<0.5"}
+    plan = parse_plan_file(json.dumps(contents).encode(), model="m", num_layers=2, name="p")
+    assert str(plan) == "percents:5,0+canary:0,3,1<0.5"
+    contents["canary"] = "0,3,2<0.5"
+    with pytest.raises(InvalidPlan, match="layer 2"):
+        parse_plan_file(json.dumps(contents).encode(), model="m", num_layers=2, name="p")
+
+
+def test_the_layer_that_separates_is_found_and_the_limit_keeps_its_distance() -> None:
+    rng = np.random.default_rng(0)
+    harmful = np.arange(200) < 60
+    noise = rng.uniform(0.1, 0.2, (3, 200))
+    noise[1, harmful] = rng.uniform(0.8, 1.2, 60)
+    choice = choose_limit(noise, harmful)
+    assert choice.layer == 1 and 0.3 < choice.limit < 0.5
+    assert (choice.caught, choice.false_alarms) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="both kinds"):
+        choose_limit(noise, np.zeros(200, bool))
+
+
+def test_the_catch_rate_is_kept_where_kinds_overlap() -> None:
+    rng = np.random.default_rng(1)
+    harmful = np.arange(1000) < 300
+    values = np.where(harmful, rng.normal(1.0, 0.2, 1000), rng.normal(0.5, 0.2, 1000))[None].clip(0.01)
+    choice = choose_limit(values, harmful, catch=0.9)
+    assert choice.caught >= 0.9 and choice.false_alarms < 0.3
+
+
+def test_roc() -> None:
+    points, area = roc(np.array([0.9, 0.8, 0.7, 0.1]), np.array([True, False, True, False]))
+    assert area == pytest.approx(0.75) and points[0] == (0, 0) and points[-1] == (1, 1)
+    assert roc(np.ones(4), np.array([True, False, True, False]))[1] == pytest.approx(0.5)
+
+
+def test_plans_of_a_budget_cost_it() -> None:
+    plans = budget_plans(10, 2.0)
+    assert plans[0] == "none"
+    for spelling in plans[1:]:
+        assert sum(Plan.parse(spelling).counts(10_000, 10)) == pytest.approx(2000, rel=0.01)
+    assert least_error({"none": 0.0105, "a": 0.01, "b": 0.5}) == "none"
+    assert least_error({"none": 0.2, "a": 0.01, "b": 0.5}) == "a"

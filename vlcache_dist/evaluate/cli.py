@@ -1,0 +1,69 @@
+"""What ``vlcache-dist eval`` does, apart from reading its options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlcache_dist.errors import ConfigError
+from vlcache_dist.evaluate import report
+from vlcache_dist.evaluate.cases import Case
+from vlcache_dist.evaluate.generated import SUITES, generate
+from vlcache_dist.evaluate.plots import chart
+from vlcache_dist.evaluate.policies import parse_policy
+from vlcache_dist.evaluate.public import read_folder
+from vlcache_dist.evaluate.run import evaluate
+from vlcache_dist.evaluate.workbench import Workbench
+
+DEFAULT_POLICIES = "full,none,unrotated,uniform:5,random:5,last:5,blend:5,epic:5,mpic:4,pyramid:10-0,inverse:0-10"
+
+
+def load_suite(suite: str, cases: int, seed: int) -> list[Case]:
+    """A generated suite by name, or a folder of public data (``cases`` lines of each file). Raises ConfigError."""
+    if suite in SUITES:
+        return generate(suite, cases, seed)
+    if Path(suite).is_dir():
+        return read_folder(Path(suite), cases)
+    raise ConfigError(f"suite {suite!r} is neither a folder nor one of {', '.join(SUITES)}")
+
+
+def split_policies(text: str) -> list[str]:
+    """Spellings separated by commas; a comma inside a spelling is one that no new spelling follows."""
+    spellings: list[str] = []
+    for piece in text.split(","):
+        if spellings and (not piece or piece[0].isdigit() or piece.startswith("min=")):
+            spellings[-1] += f",{piece}"
+        else:
+            spellings.append(piece)
+    return spellings
+
+
+def run_eval(
+    bench: Workbench, cases: Sequence[Case], policies: Sequence[str], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Rows of figures, per format and policy and over all. Raises InvalidPlan."""
+    parsed = [parse_policy(spelling) for spelling in policies]
+    outcomes = evaluate(bench, cases, parsed, lambda name, done, total: say(f"{name}: {done} of {total}"))
+    return report.rows(outcomes)
+
+
+def write_plots(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """``accuracy.svg`` and ``kl.svg``: against the computed share, over all formats, one point per policy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = [row for row in rows if row["format"] == "all"]
+    for name, title, y_range in (
+        ("exact_match", "Exact match against computed share", (0.0, 1.0)),
+        ("kl", "KL of the first token against computed share", None),
+    ):
+        series = {row["policy"]: [(100 * row["computed_share"], row[name])] for row in everything}
+        drawing = chart(title, "% of vision token-layers computed", name, series, lines=False, y_range=y_range)
+        (folder / f"{'accuracy' if name == 'exact_match' else 'kl'}.svg").write_text(drawing)
+
+
+def write_json(path: Path, bench: Workbench, suite: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
+    """``{"model", "suite", "rows", ...}``."""
+    path.write_text(
+        json.dumps({"model": bench.fingerprint, "suite": suite, "rows": list(rows), **more}, indent=1) + "\n"
+    )

@@ -1,0 +1,83 @@
+"""From measured cases to a canary's limit and a plan. Pure: arrays in, choices out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+EXTRA_FALSE_ALARMS = 0.05  #: share of harmless cases that a wider margin may cost
+
+
+@dataclass(frozen=True, slots=True)
+class LimitChoice:
+    """``caught``: share of harmful cases above ``limit`` in ``layer``; ``false_alarms``: share of harmless ones."""
+
+    layer: int
+    limit: float
+    caught: float
+    false_alarms: float
+
+
+def choose_limit(statistics: np.ndarray, harmful: np.ndarray, catch: float = 0.99) -> LimitChoice:
+    """The layer and limit of a canary. ``statistics`` fp [layer, case] is a case's largest deviation, ``harmful`` bool
+    [case].
+
+    Per layer the highest limit that still catches the share ``catch`` of the harmful cases; from it downwards the
+    middle of the widest relative gap between neighbouring cases that costs at most ``EXTRA_FALSE_ALARMS`` more, since
+    a limit that touches the cases it was drawn from will miss their like. Of the layers whose false alarms exceed the
+    fewest by no more than that, the one with the widest gap is taken. Raises ValueError without harmful or harmless
+    cases: no limit follows from one kind.
+    """
+    if not harmful.any() or harmful.all():
+        raise ValueError(f"{int(harmful.sum())} of {len(harmful)} cases are harmful: both kinds are needed")
+    found: list[tuple[float, LimitChoice]] = []
+    for layer, values in enumerate(np.maximum(statistics, 1e-9)):
+        bad, good = np.sort(values[harmful]), values[~harmful]
+        allowed = int(np.floor((1 - catch) * len(bad) + 1e-9))
+        ceiling = float(bad[allowed])
+        worst = float((good >= ceiling).mean()) + EXTRA_FALSE_ALARMS
+        edges = np.append(np.sort(values[values < ceiling])[::-1], 1e-9)
+        upper, gap, limit = ceiling, 0.0, ceiling * (1 - 1e-6)
+        for lower in edges.tolist():
+            if float((good >= upper).mean()) > worst:
+                break
+            if lower > 1e-8 and np.log(upper / lower) > gap:
+                gap, limit = float(np.log(upper / lower)), float(np.sqrt(upper * lower))
+            upper = lower
+        limit = round(limit, 6)
+        alarms = float((good > limit).mean())
+        found.append((gap, LimitChoice(layer, limit, float((bad > limit).mean()), alarms)))
+    fewest = min(choice.false_alarms for _, choice in found)
+    near = [(gap, choice) for gap, choice in found if choice.false_alarms <= fewest + EXTRA_FALSE_ALARMS]
+    return max(near, key=lambda pair: pair[0])[1]
+
+
+def roc(statistic: np.ndarray, harmful: np.ndarray) -> tuple[list[tuple[float, float]], float]:
+    """Points (false-alarm share, caught share) as the limit falls, and the area under them."""
+    order = np.argsort(-statistic, kind="stable")
+    values, bad = statistic[order], harmful[order]
+    last = np.append(values[1:] != values[:-1], True)  # ties are one point
+    caught, alarms = np.cumsum(bad)[last] / max(bad.sum(), 1), np.cumsum(~bad)[last] / max((~bad).sum(), 1)
+    points = [(0.0, 0.0), *zip(alarms.tolist(), caught.tolist(), strict=True)]
+    area = float(np.trapezoid([y for _, y in points], [x for x, _ in points]))
+    return points, area
+
+
+def budget_plans(num_layers: int, budget: float) -> list[str]:
+    """Spellings of plans that cost ``budget`` percent of a span's token-layers: the same in all layers, then spent on
+    ever fewer first layers; and ``none``."""
+    plans = ["none"]
+    for share in (1.0, 0.5, 0.25):
+        layers = max(1, round(num_layers * share))
+        percent = min(100.0, budget * num_layers / layers)
+        spelled = [f"{percent:.6g}*{layers}", *([f"0*{num_layers - layers}"] if layers < num_layers else [])]
+        plans.append("percents:" + ",".join(spelled))
+    return plans
+
+
+def least_error(kl: Mapping[str, float], tolerance: float = 1e-3) -> str:
+    """The plan with the least KL; the first named (list the cheap ones first) among those within ``tolerance`` nats."""
+    least = min(kl.values())
+    return next(plan for plan, value in kl.items() if value <= least + tolerance)
