@@ -277,6 +277,7 @@ class Frontend:
         member, choice = self._dispatch.choose_prefill(self._demand(answer), answer.request.prefill_worker, answer.lost)
         answer.prefill_worker, answer.why = member.info.name, choice.why
         message = wire.Prefill(self._generation(answer), self._source(answer), answer.remaining())
+        heard = False
         try:
             with ExitStack() as counted:
                 counted.enter_context(self._dispatch.prefilling(member.info.worker_id, choice.active_tokens))
@@ -285,6 +286,7 @@ class Frontend:
                     async for reply in replies:
                         if not isinstance(reply, wire.Prefilled | wire.Tokens):
                             raise ProtocolError(f"Prefill was answered with {type(reply).__name__}")
+                        heard = True
                         if isinstance(reply, wire.Prefilled):
                             counted.close()
                             if answer.first is None:
@@ -298,8 +300,18 @@ class Frontend:
         except (WorkerLost, Overloaded):
             answer.lost.append(member.info.worker_id)
             raise
+        finally:
+            if not heard and member.info.role is Role.PREFILL:
+                # Its answer may be on the way: a ticket bears its request's name, and an unknown one is ignored.
+                self.node.spawn(self._release_ticket(member.info.address, message.generation.request_id))
         if answer.finish is None:
             raise ProtocolError(f"{member.info.worker_id} ended without finishing")
+
+    async def _release_ticket(self, address: str, ticket: str) -> None:
+        try:
+            await self.node.client.call(address, wire.ReleaseHandoff(ticket), timeout_s=5.0)
+        except VLCacheError as error:
+            log.info("%s did not hear that %s is over: %s", address, ticket, error)
 
     @staticmethod
     def _take(answer: _Answer, reply: wire.Tokens) -> list[tuple[int, TokenLogprobs | None]]:
