@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 
 from vlcache_dist.errors import BadRequest, WorkerLost
 from vlcache_dist.serve.placement import (
+    POLICIES,
     Candidate,
     Costs,
     Demand,
     SpanDemand,
+    Turns,
     active_tokens,
+    affinity,
     choose,
     expected_ttft,
 )
@@ -66,11 +69,11 @@ def test_the_same_image_twice_is_fetched_and_encoded_once() -> None:
 
 
 def test_equal_workers_take_turns() -> None:
-    last: dict[str, int] = {}
+    turns = Turns()
     chosen = []
-    for turn in range(6):
-        choice = choose(workers(0, 0, 0), Demand(10, (), reuse=True), COSTS, last_chosen=last)
-        last[choice.worker_id] = turn
+    for _ in range(6):
+        choice = choose(workers(0, 0, 0), Demand(10, (), reuse=True), COSTS, turns=turns)
+        turns.taken(choice.worker_id)
         chosen.append(choice.worker_id)
     assert sorted(chosen[:3]) == sorted(chosen[3:]) == ["p0#x", "p1#x", "p2#x"]
 
@@ -107,3 +110,34 @@ def test_nobody_else_would_have_been_faster(
     choice = choose(candidates, demand, COSTS)
     best = min(expected_ttft(candidate, demand, COSTS)[0] for candidate in candidates)
     assert choice.expected_s <= best + 1e-4
+
+
+def test_an_image_that_is_being_computed_is_waited_for() -> None:
+    pending = SpanDemand(KEY, 1000, kv_bytes=1_000_000, recompute=20, producer="p1#x")
+    demand = Demand(50, (pending,), reuse=True)
+    assert active_tokens(demand) == 70
+    here, _ = expected_ttft(workers(0, 0)[1], demand, COSTS)
+    there, _ = expected_ttft(workers(0, 0)[0], demand, COSTS)
+    assert here == pytest.approx(70 * 1e-4) and there == pytest.approx(here + 1e-3 + 1e6 / 1e9)
+
+
+def test_the_policies_it_is_measured_against() -> None:
+    candidates = workers(0, 9999, 0)
+    held, unknown = Demand(50, (span({"p1#x"}),), reuse=True), Demand(50, (span(set()),), reuse=True)
+    turns = Turns()
+    chosen: dict[str, list[str]] = {name: [] for name in POLICIES}
+    for _ in range(6):
+        for name, policy in POLICIES.items():
+            choice = choose(candidates, held, COSTS, turns=turns, policy=policy)
+            assert choice.active_tokens == 70
+            chosen[name].append(choice.worker_id)
+        turns.taken(chosen["round-robin"][-1])
+    assert set(chosen["least-ttft"]) == {"p0#x", "p2#x"}
+    assert set(chosen["affinity"]) == {"p1#x"}
+    assert chosen["round-robin"] == ["p0#x", "p1#x", "p2#x"] * 2
+    assert len(set(chosen["random"])) > 1
+    by_hash = {choose(candidates, unknown, COSTS, turns=turns, policy=affinity).worker_id for _ in range(3)}
+    assert len(by_hash) == 1
+    keys = [Demand(0, (span(set(), key=bytes([n]) * 32),), reuse=True) for n in range(40)]
+    spread = [choose(candidates, demand, COSTS, policy=affinity).worker_id for demand in keys]
+    assert len(set(spread)) == 3

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from vlcache_dist import wire
 from vlcache_dist.errors import WorkerLost
-from vlcache_dist.serve.placement import Candidate, Choice, Costs, Demand, choose
+from vlcache_dist.serve.placement import Candidate, Choice, Costs, Demand, Policy, Turns, choose, least_ttft
 from vlcache_dist.types import Role, WorkerId
 
 
@@ -15,13 +15,13 @@ class Dispatcher:
     """One event loop's. ``members`` returns the directory's latest list. Requests in flight are counted here, because
     heartbeats are older than the last requests."""
 
-    def __init__(self, members: Callable[[], Sequence[wire.Member]], costs: Costs) -> None:
+    def __init__(self, members: Callable[[], Sequence[wire.Member]], costs: Costs, policy: Policy = least_ttft) -> None:
         self._members = members
         self._costs = costs
+        self._policy = policy
         self._sent: dict[WorkerId, int] = {}  # active tokens of unanswered prefills
         self._streams: dict[WorkerId, int] = {}  # sequences decoding
-        self._turn = 0
-        self._last: dict[WorkerId, int] = {}
+        self._turns = Turns()
 
     def workers(self, *roles: Role) -> list[wire.Member]:
         """Living members of these roles, by name."""
@@ -53,9 +53,10 @@ class Dispatcher:
             )
             for m in members
         ]
-        choice = choose(candidates, demand, self._costs, last_chosen=self._last, pin=pin, exclude=exclude)
-        self._turn += 1
-        self._last[choice.worker_id] = self._turn
+        choice = choose(
+            candidates, demand, self._costs, turns=self._turns, policy=self._policy, pin=pin, exclude=exclude
+        )
+        self._turns.taken(choice.worker_id)
         return self.member(choice.worker_id), choice
 
     def choose_decode(self, exclude: Iterable[WorkerId]) -> wire.Member:

@@ -1,12 +1,16 @@
 """Which prefill worker should take a request, and why. Pure: no I/O, no clock.
 
 Every candidate's expected time to first token is estimated from what is known of it (queue, speed, what it holds) and
-the least one wins: load first, affinity second, because a hit on a busy worker loses to a fetch on an idle one.
+the least one wins: load first, affinity second, because a hit on a busy worker loses to a fetch on an idle one. A hot
+image is thereby replicated rather than queued for. The other policies are what this one is measured against
+(``bench/placement.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -41,7 +45,8 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class SpanDemand(msgspec.Struct, frozen=True):
-    """A span as placement sees it. ``holders``: workers that announced its KV; ``recompute``: tokens a hit costs."""
+    """A span as placement sees it. ``holders``: workers that announced its KV; ``producer``: who is computing it now;
+    ``recompute``: tokens a hit costs."""
 
     key: ContentKey
     tokens: int
@@ -49,12 +54,26 @@ class SpanDemand(msgspec.Struct, frozen=True):
     recompute: int
     holders: frozenset[WorkerId] = frozenset()
     encoded: bool = False  #: somebody holds the encoder output
+    producer: WorkerId | None = None
+
+    @property
+    def sources(self) -> frozenset[WorkerId]:
+        """Whoever has its KV, or will have it."""
+        return self.holders if self.producer is None else self.holders | {self.producer}
 
 
 class Demand(msgspec.Struct, frozen=True):
     text_tokens: int
     spans: tuple[SpanDemand, ...]
     reuse: bool  #: KV may be reused at any position
+
+
+class Scored(msgspec.Struct, frozen=True):
+    """A candidate with its expected seconds to the first token and the terms these are made of."""
+
+    candidate: Candidate
+    seconds: float
+    why: str
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -66,7 +85,7 @@ class Choice(msgspec.Struct, frozen=True):
 
 def active_tokens(demand: Demand) -> int:
     """Tokens the request computes if every announced KV object can be had."""
-    spans = sum(s.recompute if demand.reuse and s.holders else s.tokens for s in demand.spans)
+    spans = sum(s.recompute if demand.reuse and s.sources else s.tokens for s in demand.spans)
     return demand.text_tokens + spans
 
 
@@ -80,9 +99,9 @@ def expected_ttft(candidate: Candidate, demand: Demand, costs: Costs) -> tuple[f
     for span in demand.spans:
         first = span.key not in seen
         seen.add(span.key)
-        if demand.reuse and (span.holders or not first):
+        if demand.reuse and (span.sources or not first):
             compute += span.recompute * token_s
-            if first and candidate.worker_id not in span.holders:
+            if first and candidate.worker_id not in span.sources:
                 fetch += _fetch_s(candidate, span, costs)
         else:
             compute += span.tokens * token_s
@@ -98,10 +117,64 @@ def _fetch_s(candidate: Candidate, span: SpanDemand, costs: Costs) -> float:
     """Seconds to read the span's KV from the best of its holders; a peer that cannot be read from (0 B/s) costs as much
     as computing the span again."""
     default = 1 / costs.fetch_byte_s
-    best = max((candidate.read_bytes_per_s.get(holder, default) for holder in span.holders), default=0.0)
+    best = max((candidate.read_bytes_per_s.get(holder, default) for holder in span.sources), default=0.0)
     if best <= 0:
         return span.tokens * (costs.token_s + costs.encode_token_s)
     return costs.fetch_base_s + span.kv_bytes / best
+
+
+class Turns(msgspec.Struct):
+    """Who was chosen when: ``last`` maps a worker to the number of its latest turn."""
+
+    number: int = 0
+    last: dict[WorkerId, int] = {}
+
+    def taken(self, worker_id: WorkerId) -> None:
+        self.number += 1
+        self.last[worker_id] = self.number
+
+    def since(self, worker_id: WorkerId) -> int:
+        return self.last.get(worker_id, -1)
+
+
+Policy = Callable[[Sequence[Scored], Demand, Turns], Scored]
+
+
+def least_ttft(scored: Sequence[Scored], demand: Demand, turns: Turns) -> Scored:
+    """The least expected time to first token; those within 0.1 ms of each other take turns."""
+    return min(scored, key=lambda s: (round(s.seconds, 4), turns.since(s.candidate.worker_id), s.candidate.worker_id))
+
+
+def round_robin(scored: Sequence[Scored], demand: Demand, turns: Turns) -> Scored:
+    """Whoever has waited longest for a turn."""
+    return min(scored, key=lambda s: (turns.since(s.candidate.worker_id), s.candidate.worker_id))
+
+
+def at_random(scored: Sequence[Scored], demand: Demand, turns: Turns) -> Scored:
+    """Any; the same ones in every run."""
+    return random.Random(turns.number).choice(sorted(scored, key=lambda s: s.candidate.worker_id))
+
+
+def affinity(scored: Sequence[Scored], demand: Demand, turns: Turns) -> Scored:
+    """Whoever holds most of the request's vision tokens; of unknown images, the one that rendezvous hashing names. Its
+    queue does not matter. Without images: in turn."""
+    if not demand.spans:
+        return round_robin(scored, demand, turns)
+
+    def order(each: Scored) -> tuple[int, bytes]:
+        worker_id = each.candidate.worker_id
+        held = sum(span.tokens for span in demand.spans if worker_id in span.sources)
+        return held, hashlib.blake2b(demand.spans[0].key + worker_id.encode(), digest_size=8).digest()
+
+    return max(scored, key=order)
+
+
+POLICIES: dict[str, Policy] = {
+    "least-ttft": least_ttft,
+    "affinity": affinity,
+    "round-robin": round_robin,
+    "random": at_random,
+}
 
 
 def choose(
@@ -109,11 +182,12 @@ def choose(
     demand: Demand,
     costs: Costs,
     *,
-    last_chosen: Mapping[WorkerId, int] | None = None,
+    turns: Turns | None = None,
+    policy: Policy = least_ttft,
     pin: str | None = None,
     exclude: Iterable[WorkerId] = (),
 ) -> Choice:
-    """The candidate with the least expected time; equal ones take turns (``last_chosen``: worker -> turn number).
+    """The policy's candidate.
 
     ``pin`` names a worker that must be used: BadRequest if there is none of that name. ``exclude`` lists workers
     that already failed this request. Raises WorkerLost if nobody is left.
@@ -128,7 +202,7 @@ def choose(
     usable = [c for c in candidates if c.worker_id not in excluded and not c.draining]
     if not usable:
         raise WorkerLost("no prefill worker is available")
-    turns = last_chosen or {}
-    scored = [(expected_ttft(c, demand, costs), c) for c in usable]
-    (seconds, why), best = min(scored, key=lambda s: (round(s[0][0], 4), turns.get(s[1].worker_id, -1), s[1].worker_id))
-    return Choice(best.worker_id, active_tokens(demand), seconds, "pinned" if pin is not None else why)
+    scored = [Scored(c, *expected_ttft(c, demand, costs)) for c in usable]
+    best = policy(scored, demand, turns or Turns())
+    why = "pinned" if pin is not None else best.why
+    return Choice(best.candidate.worker_id, active_tokens(demand), best.seconds, why)
