@@ -21,10 +21,11 @@ from vlcache_dist.types import ContentKey, WorkerId
 class Costs(msgspec.Struct, frozen=True):
     """Seconds per unit, used until a worker has measured its own. Defaults suit one GPU and NVLink or shared memory.
 
-    ``token_s``: one active token of prefill. ``encode_token_s``: one vision token of encoding. ``fetch_byte_s`` and
-    ``fetch_base_s``: moving KV from another worker.
+    ``pass_s``: a forward pass besides its tokens; ``token_s``: one active token of it. ``encode_token_s``: one vision
+    token of encoding. ``fetch_byte_s`` and ``fetch_base_s``: moving KV from another worker.
     """
 
+    pass_s: float = 5e-3
     token_s: float = 1 / 20_000
     encode_token_s: float = 1 / 40_000
     fetch_byte_s: float = 1 / 20e9
@@ -32,14 +33,16 @@ class Costs(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A prefill worker as the ingress sees it. ``queued_tokens`` are active tokens waiting or running there,
-    including those that the ingress has sent since the last heartbeat. ``tokens_per_s`` (0: not measured yet) and
-    ``read_bytes_per_s`` (by peer) are its own measurements."""
+    """A prefill worker as the ingress sees it. ``queued`` requests with ``queued_tokens`` active tokens wait or run
+    there, those included that the ingress has sent since the last heartbeat. ``pass_s``, ``token_s`` (0: not measured
+    yet) and ``read_bytes_per_s`` (by peer) are its own measurements."""
 
     worker_id: WorkerId
     name: str
+    queued: int = 0
     queued_tokens: int = 0
-    tokens_per_s: float = 0.0
+    pass_s: float = 0.0
+    token_s: float = 0.0
     read_bytes_per_s: dict[WorkerId, float] = {}
     draining: bool = False
 
@@ -90,10 +93,15 @@ def active_tokens(demand: Demand) -> int:
 
 
 def expected_ttft(candidate: Candidate, demand: Demand, costs: Costs) -> tuple[float, str]:
-    """Seconds until the first token if ``candidate`` takes the request, and the terms it is made of."""
-    token_s = 1 / candidate.tokens_per_s if candidate.tokens_per_s > 0 else costs.token_s
-    queue = candidate.queued_tokens * token_s
-    compute = demand.text_tokens * token_s
+    """Seconds until the first token if ``candidate`` takes the request, and the terms it is made of.
+
+    What has to be fetched or encoded comes while the queue is worked off; the request computes when both are done.
+    """
+    measured = candidate.pass_s > 0 or candidate.token_s > 0
+    pass_s = candidate.pass_s if measured else costs.pass_s
+    token_s = candidate.token_s if measured else costs.token_s
+    queue = candidate.queued * pass_s + candidate.queued_tokens * token_s
+    compute = pass_s + demand.text_tokens * token_s
     fetch = encode = 0.0
     seen: set[ContentKey] = set()
     for span in demand.spans:
@@ -107,10 +115,9 @@ def expected_ttft(candidate: Candidate, demand: Demand, costs: Costs) -> tuple[f
             compute += span.tokens * token_s
             if first and not span.encoded:
                 encode += span.tokens * costs.encode_token_s
-    total = queue + fetch + encode + compute
-    parts = {"queue": queue, "fetch": fetch, "encode": encode, "compute": compute}
-    why = " + ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in parts.items()) + " ms"
-    return total, why
+    total = max(queue, fetch, encode) + compute
+    parts = " | ".join(f"{n} {s * 1e3:.1f}" for n, s in (("queue", queue), ("fetch", fetch), ("encode", encode)))
+    return total, f"max({parts}) + compute {compute * 1e3:.1f} ms"
 
 
 def _fetch_s(candidate: Candidate, span: SpanDemand, costs: Costs) -> float:
@@ -156,17 +163,15 @@ def at_random(scored: Sequence[Scored], demand: Demand, turns: Turns) -> Scored:
 
 
 def affinity(scored: Sequence[Scored], demand: Demand, turns: Turns) -> Scored:
-    """Whoever holds most of the request's vision tokens; of unknown images, the one that rendezvous hashing names. Its
-    queue does not matter. Without images: in turn."""
+    """Every image has a home, by rendezvous hashing; the request goes to the home of most of its vision tokens,
+    whatever the queue there. Without images: in turn."""
     if not demand.spans:
         return round_robin(scored, demand, turns)
-
-    def order(each: Scored) -> tuple[int, bytes]:
-        worker_id = each.candidate.worker_id
-        held = sum(span.tokens for span in demand.spans if worker_id in span.sources)
-        return held, hashlib.blake2b(demand.spans[0].key + worker_id.encode(), digest_size=8).digest()
-
-    return max(scored, key=order)
+    at_home = dict.fromkeys((s.candidate.worker_id for s in scored), 0)
+    for span in demand.spans:
+        home = max(at_home, key=lambda name: hashlib.blake2b(span.key + name.encode(), digest_size=8).digest())
+        at_home[home] += span.tokens
+    return max(scored, key=lambda s: (at_home[s.candidate.worker_id], s.candidate.worker_id))
 
 
 POLICIES: dict[str, Policy] = {
