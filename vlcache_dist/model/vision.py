@@ -20,7 +20,7 @@ _WIDTH_MULTIPLE = 64  # of the MLP: rows of 3,420 bf16 are not whole 16 bytes, a
 
 @dataclass(slots=True)
 class VisionBlock:
-    """C hidden, I intermediate (padded with zeros, which change nothing). ``qkv`` is [3C, C] with Q, K, V in this order;
+    """C hidden, I intermediate (padded with zeros: they change nothing). ``qkv`` is [3C, C] with Q, K, V in this order;
     ``gate_up`` is [2I, C]."""
 
     norm1: torch.Tensor
