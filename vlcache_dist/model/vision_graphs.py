@@ -23,7 +23,7 @@ MOST_PATCHES = 8192  #: beyond it kernels hide their launches
 MAX_GRAPHS = 32
 
 #: (patches, order, row_column, windows, frames, longest_window, longest_frame) -> merged tokens in permuted order
-Encode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor]
+Encode = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
