@@ -95,6 +95,12 @@ class StepBatch:
     scatter_slots: np.ndarray
     scatter_positions: np.ndarray
 
+    def spread(self, max_kv: int) -> int:
+        """About how many times ``max_kv`` exceeds the keys of the mean row: a power of 4, and 1 at least. Large where a
+        few rows see a long prompt and most see its beginning only, as in a warm prefill."""
+        seen = int(np.diff(self.cu_q) @ self.kv_len.astype(np.int64))
+        return 4 ** max(0, ((max_kv * len(self.token_ids) // max(seen, 1)).bit_length() - 1) // 2)
+
 
 def chunk_runs(chunk: ChunkWork, num_layers: int) -> list[Run]:
     """The chunk as runs of equal depth that tile [start, end); depth 0 where nothing is computed, ``num_layers + 1``

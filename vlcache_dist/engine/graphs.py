@@ -1,9 +1,10 @@
 """Forward passes replayed from CUDA graphs: decode, warm prefill, and cold prefill of small images.
 
 A warm prefill of a few hundred rows takes some 5 ms on the GPU and three times as long to launch kernel by kernel; in a
-graph the launches cost nothing. A graph is captured for a *shape*, at its second use (at the first the step is launched
-kernel by kernel, so that a shape that never comes back costs nothing), and a step is padded to the least shape that
-holds it. Padding rows write nowhere (slot -1) and attend to block 0, which is finite whatever it holds.
+graph the launches cost nothing. A graph is captured for a *shape*, and a step is padded to the least shape that holds
+it. Padding rows write nowhere (slot -1) and attend to block 0, which is finite whatever it holds. Capturing takes ten
+times as long as a step, so it is done before the first request (decode, ``warm_up``), when the engine is idle (shapes
+that were used), or at the third use; until then a step is launched kernel by kernel.
 
 Scattering the reused tokens, recording, and drawing the likeliest tokens are in the graph, so that such a step is one
 copy to the device, one launch and one copy back. Only steps in which every row goes through every layer qualify
@@ -29,28 +30,26 @@ from vlcache_dist.model.upload import FixedInputs
 
 log = logging.getLogger(__name__)
 
-ROWS = (
-    *(1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024),
-    *range(1152, 2049, 128),
-)
-MAX_GRAPHS = 96
-LEAST_KEYS = 2048
+ROWS = (1, 2, 4, 8, *range(16, 513, 16), *range(544, 1025, 32), *range(1152, 2049, 128))
+MAX_GRAPHS = 192
+LEAST_KEYS = 2048  #: and more than any padding
 LEAST_SCATTER = 256
-_REMEMBERED = 1024  #: shapes seen once
+PATIENCE = 3  #: uses after which a shape is captured although somebody waits
+_REMEMBERED = 1024  #: shapes without a graph
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a graph is captured for: ``rows`` of which the first ``samples`` are sampled, ``segments``, the block
-    table's ``width``, bounds of queries per segment and of keys, reused tokens that are scattered first, and whether
-    rows are recorded."""
+    """What a graph is captured for: ``rows`` of which the first ``samples`` are sampled, ``segments``, bounds of
+    queries per segment and of keys (see ``ForwardBatch`` for ``spread``), reused tokens that are scattered first, and
+    whether rows are recorded."""
 
     rows: int
     samples: int
     segments: int
-    width: int
     max_q: int
     max_kv: int
+    spread: int
     scatter: int
     recording: bool
 
@@ -68,7 +67,7 @@ class PaddedStep:
     positions: np.ndarray  # int32 [3, rows]
     cu_q: np.ndarray  # int32 [segments + 1]
     kv_len: np.ndarray  # int32 [segments]
-    block_table: np.ndarray  # int32 [segments, width]
+    block_table: np.ndarray  # int32 [segments, blocks of max_kv keys]
     embed_mask: np.ndarray  # bool [rows]
     scatter_src: np.ndarray  # int64 [scatter]
     scatter_tokens: np.ndarray  # int64 [scatter]
@@ -76,8 +75,8 @@ class PaddedStep:
     scatter_positions: np.ndarray  # int32 [3, scatter]
 
     @classmethod
-    def empty(cls, shape: Shape) -> PaddedStep:
-        rows, scatter = shape.rows, shape.scatter
+    def empty(cls, shape: Shape, block_size: int) -> PaddedStep:
+        rows, scatter, width = shape.rows, shape.scatter, -(-shape.max_kv // block_size)
         return cls(
             token_ids=np.empty(rows, np.int64),
             slots=np.empty(rows, np.int64),
@@ -87,7 +86,7 @@ class PaddedStep:
             positions=np.empty((3, rows), np.int32),
             cu_q=np.empty(shape.segments + 1, np.int32),
             kv_len=np.empty(shape.segments, np.int32),
-            block_table=np.empty((shape.segments, shape.width), np.int32),
+            block_table=np.empty((shape.segments, width), np.int32),
             embed_mask=np.empty(rows, bool),
             scatter_src=np.empty(scatter, np.int64),
             scatter_tokens=np.empty(scatter, np.int64),
@@ -115,14 +114,14 @@ def shape_for(step: StepBatch) -> Shape | None:
     if others:
         max_q = _power_of_two(max(step.max_q[0], padded_rows - padded_samples - others))
         segments += _power_of_two(len(step.kv_len) - samples + 1)
-    scatter = len(step.scatter_src)
+    scatter, max_kv = len(step.scatter_src), max(LEAST_KEYS, _power_of_two(step.max_kv))
     return Shape(
         rows=padded_rows,
         samples=padded_samples,
         segments=segments,
-        width=_power_of_two(step.block_table.shape[1]),
         max_q=max_q,
-        max_kv=max(LEAST_KEYS, _power_of_two(step.max_kv)),
+        max_kv=max_kv,
+        spread=step.spread(max_kv) if others else 1,
         scatter=max(LEAST_SCATTER, _power_of_two(scatter)) if scatter else 0,
         recording=bool((step.record_base >= 0).any()),
     )
@@ -152,7 +151,7 @@ def pad_step(step: StepBatch, shape: Shape, into: PaddedStep) -> None:
         into.embed_offset[where] = step.embed_offset
         into.embed_mask[where] = True
 
-    after, width = shape.samples + segments - samples, step.block_table.shape[1]
+    after, width = shape.samples + segments - samples, min(step.block_table.shape[1], into.block_table.shape[1])
     into.cu_q[: shape.samples] = np.arange(shape.samples)
     into.cu_q[shape.samples : after + 1] = step.cu_q[samples:] + gap
     into.cu_q[after + 1 :] = shape.rows
@@ -161,8 +160,8 @@ def pad_step(step: StepBatch, shape: Shape, into: PaddedStep) -> None:
     into.kv_len[shape.samples : after] = step.kv_len[samples:]
     into.kv_len[after:] = 0
     into.block_table[:] = 0
-    into.block_table[:samples, :width] = step.block_table[:samples]
-    into.block_table[shape.samples : after, :width] = step.block_table[samples:]
+    into.block_table[:samples, :width] = step.block_table[:samples, :width]
+    into.block_table[shape.samples : after, :width] = step.block_table[samples:, :width]
     if after < shape.segments:
         into.kv_len[after] = shape.rows - end
 
@@ -171,6 +170,32 @@ def pad_step(step: StepBatch, shape: Shape, into: PaddedStep) -> None:
     into.scatter_tokens[:reused], into.scatter_tokens[reused:] = step.scatter_tokens, 0
     into.scatter_slots[:reused], into.scatter_slots[reused:] = step.scatter_slots, -1
     into.scatter_positions[:, :reused], into.scatter_positions[:, reused:] = step.scatter_positions, 0
+
+
+def fill_padding(shape: Shape, into: PaddedStep) -> None:
+    """Overwrite ``into`` with padding alone: rows that compute something finite and write nothing."""
+    for array in into.arrays():
+        array[...] = 0
+    for array in (into.slots, into.record_base, into.scatter_slots):
+        array[...] = -1
+    into.cu_q[: shape.samples + 1] = np.arange(shape.samples + 1)
+    others = shape.segments - shape.samples
+    if others:
+        ends = np.linspace(shape.samples, shape.rows, others + 1)
+        into.cu_q[shape.samples :] = ends.astype(np.int32)
+    into.kv_len[:] = np.diff(into.cu_q)
+
+
+def decode_shapes(max_batch: int, max_keys: int) -> list[Shape]:
+    """The shapes of decode steps of up to ``max_batch`` sequences of up to ``max_keys`` tokens."""
+    bounds = [LEAST_KEYS << i for i in range(_power_of_two(-(-max_keys // LEAST_KEYS)).bit_length())]
+    last = _at_least(min(max_batch, ROWS[-1]), ROWS)
+    return [
+        Shape(rows, rows, rows, max_q=1, max_kv=keys, spread=1, scatter=0, recording=False)
+        for keys in bounds
+        for rows in ROWS
+        if last is not None and rows <= last
+    ]
 
 
 @torch.inference_mode()
@@ -203,6 +228,7 @@ def padded_logits(
         segs_q=(*(shape.segments,) * (layers - 1), shape.samples),
         max_q=(*(shape.max_q,) * (layers - 1), 1),
         max_kv=shape.max_kv,
+        spread=shape.spread,
         num_samples=shape.samples,
         any_record=shape.recording,
     )
@@ -239,8 +265,8 @@ class GraphedForward:
         self._model = model
         self._pages = pages
         self._arena = arena
-        self._graphs: OrderedDict[Shape, _Graph] = OrderedDict()
-        self._seen: OrderedDict[Shape, None] = OrderedDict()
+        self._graphs: OrderedDict[Shape, _Graph | None] = OrderedDict()  # None: there was no memory for it
+        self._wanted: OrderedDict[Shape, int] = OrderedDict()  # how often each was used without a graph
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, step: StepBatch) -> Replayed | None:
@@ -248,29 +274,49 @@ class GraphedForward:
         shape = shape_for(step)
         if shape is None:
             return None
-        graph = self._graphs.get(shape)
-        if graph is None:
-            if shape not in self._seen:
-                self._seen[shape] = None
-                if len(self._seen) > _REMEMBERED:
-                    self._seen.popitem(last=False)
+        if shape not in self._graphs:
+            uses = self._wanted[shape] = self._wanted.pop(shape, 0) + 1
+            if len(self._wanted) > _REMEMBERED:
+                self._wanted.popitem(last=False)
+            if uses < PATIENCE:
                 return None
-            graph = self._capture(shape, step)
+            self.capture(shape)
+        graph = self._graphs[shape]
         self._graphs.move_to_end(shape)
+        if graph is None:
+            return None
         graph.inputs.wait()
         pad_step(step, shape, PaddedStep(*graph.inputs.arrays))
         graph.inputs.send()
         graph.graph.replay()
         return Replayed(graph.logits[: step.num_samples], graph.likeliest[: step.num_samples])
 
-    def _capture(self, shape: Shape, step: StepBatch) -> _Graph:
-        """Run once for the sake of lazy compilation, then capture. Running writes what the step would write."""
+    def capture_wanted(self) -> bool:
+        """Capture the shape that was asked for last; False if none is wanted. What an engine does when it is idle."""
+        if not self._wanted:
+            return False
+        self.capture(next(reversed(self._wanted)))
+        return True
+
+    def capture(self, shape: Shape) -> None:
+        """Make the shape's graph unless it is there. Runs padding through the model once, for the sake of lazy
+        compilation: that writes nothing to pages and arena."""
+        self._wanted.pop(shape, None)
+        if shape in self._graphs:
+            return
         log.info("capturing %s", astuple(shape))
         if len(self._graphs) >= MAX_GRAPHS:
             torch.cuda.synchronize()
             self._graphs.popitem(last=False)
-        inputs = FixedInputs(PaddedStep.empty(shape).arrays(), self._pages.device)
-        pad_step(step, shape, PaddedStep(*inputs.arrays))
+        try:
+            self._graphs[shape] = self._captured(shape)
+        except torch.OutOfMemoryError as error:
+            log.warning("no memory for the graph of %s, such steps are launched kernel by kernel: %s", shape, error)
+            self._graphs[shape] = None
+
+    def _captured(self, shape: Shape) -> _Graph:
+        inputs = FixedInputs(PaddedStep.empty(shape, self._pages.shape[3]).arrays(), self._pages.device)
+        fill_padding(shape, PaddedStep(*inputs.arrays))
         inputs.send()
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
@@ -282,8 +328,7 @@ class GraphedForward:
         # Other threads of the process (the vision tower's, say) go on allocating meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits, likeliest = self._forward(inputs, shape)
-        captured = self._graphs[shape] = _Graph(inputs, graph, logits, likeliest)
-        return captured
+        return _Graph(inputs, graph, logits, likeliest)
 
     def _forward(self, inputs: FixedInputs, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         logits = padded_logits(self._model, inputs.tensors, shape, self._pages, self._arena)

@@ -54,6 +54,7 @@ class ForwardBatch:
     segs_q: tuple[int, ...]
     max_q: tuple[int, ...]  # longest segment among segs_q[l], 0 if none
     max_kv: int
+    spread: int  # about how many times max_kv exceeds the keys of the mean row, at least 1
     num_samples: int  # rows [:num_samples] are sampled, in the order of the step's sequences
     any_record: bool
 
@@ -102,6 +103,7 @@ class ForwardBatch:
             segs_q=step.segs_q,
             max_q=step.max_q,
             max_kv=step.max_kv,
+            spread=step.spread(step.max_kv),
             num_samples=step.num_samples,
             any_record=bool((step.record_base >= 0).any()),
         )

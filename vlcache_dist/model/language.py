@@ -144,7 +144,7 @@ class LanguageModel:
             if rows == 0:
                 return x
             h, x = kernels.add_rms_norm(h, x, layer.post_norm, eps)
-            pending = F.linear(kernels.silu_mul(F.linear(h, layer.gate_up)), layer.down)
+            pending = kernels.linear(kernels.swiglu(h, layer.gate_up), layer.down)
         return x if pending is None else x + pending
 
     @torch.inference_mode()
@@ -183,8 +183,9 @@ class LanguageModel:
             batch.max_q[n],
             batch.max_kv,
             self.config.head_dim**-0.5,
+            batch.spread,
         )
-        return F.linear(attended.reshape(rows, -1), layer.o)
+        return kernels.linear(attended.reshape(rows, -1), layer.o)
 
     def _project(
         self, h: torch.Tensor, layer: DecoderLayer, rows: int
@@ -192,9 +193,9 @@ class LanguageModel:
         """Queries of the first ``rows`` rows, keys and values of all: [*, heads, D] each."""
         width, dim, kv_heads = self.config.hidden_size, self.config.head_dim, self.config.num_kv_heads
         if rows == len(h):
-            q, kv = F.linear(h, layer.qkv, layer.qkv_bias).split((width, 2 * kv_heads * dim), -1)
+            q, kv = kernels.linear(h, layer.qkv, layer.qkv_bias).split((width, 2 * kv_heads * dim), -1)
         else:
-            q = F.linear(h[:rows], layer.qkv[:width], layer.qkv_bias[:width])
-            kv = F.linear(h, layer.qkv[width:], layer.qkv_bias[width:])
+            q = kernels.linear(h[:rows], layer.qkv[:width], layer.qkv_bias[:width])
+            kv = kernels.linear(h, layer.qkv[width:], layer.qkv_bias[width:])
         k, v = kv.unflatten(-1, (2, kv_heads, dim)).unbind(1)
         return q.unflatten(-1, (-1, dim)), k, v

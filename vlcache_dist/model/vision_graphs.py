@@ -1,13 +1,14 @@
 """The vision tower replayed from CUDA graphs for small batches, whose kernels take less time than launching them.
 
-A graph is captured for a *shape*, at its second use, and a batch is padded to the least shape that holds it. Padding
+A graph is captured for a *shape*, at its third use (a camera's or a screen's pictures are all of one size; capturing
+takes longer than launching a few times), and a batch is padded to the least shape that holds it. Padding
 patches form windows and a frame of their own, so every row is computed, from finite values, and none meets an image's.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 MOST_PATCHES = 8192  #: beyond it kernels hide their launches
 MAX_GRAPHS = 32
+PATIENCE = 3  #: uses after which a shape is captured
 
 #: (patches, order, row_column, windows, frames, longest_window, longest_frame) -> merged tokens in permuted order
 Encode = Callable[..., torch.Tensor]
@@ -93,7 +95,7 @@ class GraphedTower:
         self._device = device
         self._pixels = torch.zeros(MOST_PATCHES, patch_elements, device=device, dtype=dtype)
         self._graphs: OrderedDict[VisionShape, _Graph] = OrderedDict()
-        self._seen: set[VisionShape] = set()
+        self._uses: Counter[VisionShape] = Counter()  # without a graph
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, patches: torch.Tensor, layout: VisionLayout) -> torch.Tensor | None:
@@ -103,9 +105,11 @@ class GraphedTower:
         if shape is None:
             return None
         graph = self._graphs.get(shape)
-        if graph is None and shape not in self._seen:
-            self._seen.add(shape)
-            return None
+        if graph is None:
+            self._uses[shape] += 1
+            if self._uses[shape] < PATIENCE:
+                return None
+            del self._uses[shape]
         self._pixels[: len(patches)].copy_(patches)
         if graph is None:
             graph = self._capture(shape, layout)
