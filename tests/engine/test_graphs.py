@@ -107,7 +107,7 @@ def test_padding_changes_nothing(pieces: list[tuple[int, int, int]]) -> None:
 
 def test_decode_is_one_query_per_sequence() -> None:
     shape = shape_for(step_of(np.random.default_rng(0), [(30, 1, TEXT_ONLY), (7, 1, TEXT_ONLY), (100, 1, TEXT_ONLY)]))
-    assert shape is not None and (shape.rows, shape.samples, shape.segments, shape.max_q) == (4, 4, 4, 1)
+    assert shape is not None and (shape.rows, shape.samples, shape.segments, shape.far_max_q) == (4, 4, 4, 1)
 
 
 def test_what_does_not_qualify() -> None:
@@ -142,7 +142,7 @@ def test_padding_alone_writes_nothing_and_is_finite() -> None:
         fill_padding(shape, step)
         inputs.send()
         assert step.cu_q[-1] == shape.rows and (np.diff(step.cu_q) >= 0).all()
-        assert np.diff(step.cu_q).max() <= shape.max_q and step.kv_len.max() <= shape.max_kv
+        assert np.diff(step.cu_q).max() <= max(shape.far_max_q, shape.near_max_q) and step.kv_len.max() <= shape.max_kv
         assert padded_logits(language, inputs.tensors, shape, pages, arena).isfinite().all()
         assert torch.equal(pages, before[0]) and torch.equal(arena, before[1])
 

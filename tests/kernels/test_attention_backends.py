@@ -149,22 +149,21 @@ class Recorder:
 
 
 @pytest.mark.parametrize(
-    ("rows", "max_q", "block_size", "spread", "chosen"),
+    ("rows", "max_q", "block_size", "chosen"),
     [
-        (16_384, 16_384, 128, 1, "many"),
-        (512, 512, 256, 1, "many"),
-        (256, 256, 128, 1, "few"),  # too few tiles
-        (4_096, 1, 128, 1, "few"),  # decode
-        (512, 512, 64, 1, "few"),  # pages that the other cannot read
-        (512, 450, 128, 16, "few"),  # a warm prefill: most rows see few keys
+        (16_384, 16_384, 128, "many"),
+        (512, 512, 256, "many"),
+        (256, 256, 128, "few"),  # too few tiles
+        (4_096, 1, 128, "few"),  # decode
+        (512, 512, 64, "few"),  # pages that the other cannot read
     ],
 )
-def test_auto_goes_by_shape(rows, max_q, block_size, spread, chosen):
+def test_auto_goes_by_shape(rows, max_q, block_size, chosen):
     few, many = Recorder("few", 1), Recorder("many", 128)
     auto = backends.Auto(few, many, processors=132)
     pages = torch.empty((1, block_size, 4, 8))
     none = torch.empty(0)
-    auto.segment_attention(torch.empty((rows, 28, 8)), pages, pages, none, none, none, max_q, 16_384, 1.0, spread)
+    auto.segment_attention(torch.empty((rows, 28, 8)), pages, pages, none, none, none, max_q, 16_384, 1.0)
     assert {"few": few.calls, "many": many.calls}[chosen] == 1 and few.calls + many.calls == 1
 
 

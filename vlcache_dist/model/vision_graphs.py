@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import torch
 
+from vlcache_dist.model.capture import captured
 from vlcache_dist.model.upload import FixedInputs
 from vlcache_dist.model.vision_layout import VisionLayout
 
@@ -129,17 +130,9 @@ class GraphedTower:
         inputs = FixedInputs(shape.arrays(merged), self._device)
         pad_layout(layout, shape, inputs.arrays)
         inputs.send()
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            self._forward(inputs, shape)
-        current.wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = self._forward(inputs, shape)
-        captured = self._graphs[shape] = _Graph(inputs, graph, out)
-        return captured
+        graph, out = captured(lambda: self._forward(inputs, shape), self._pool)
+        self._graphs[shape] = _Graph(inputs, graph, out)
+        return self._graphs[shape]
 
     def _forward(self, inputs: FixedInputs, shape: VisionShape) -> torch.Tensor:
         pixels = self._pixels[: shape.patches]

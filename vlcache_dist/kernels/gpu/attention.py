@@ -250,12 +250,13 @@ def choose_splits(tiles: int, blocks: int, processors: int, per_processor: int, 
 
 def _launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, kv_len: torch.Tensor, table: torch.Tensor,
-    max_q: int, max_kv: int, scale: float, causal: bool, block_size: int, kv_heads: int, spread: int,
-    config: AttentionConfig | None,
+    max_q: int, max_kv: int, scale: float, causal: bool, block_size: int, kv_heads: int,
+    config: AttentionConfig | None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     num_rows, heads, dim = q.shape
     segments = len(cu) - 1
-    out = torch.empty((num_rows, heads, dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((num_rows, heads, dim), dtype=q.dtype, device=q.device)
     if num_rows == 0 or segments == 0 or max_q == 0:
         return out
     if q.stride(2) != 1 or q.stride(1) != dim:
@@ -271,8 +272,7 @@ def _launch(
     splits = c.splits
     if splits is None:
         sms = device.processors(q.device.index or 0) if q.is_cuda else 4
-        full = max(1, min(tiles, segments * longest) // spread)  # as many tiles of max_kv keys would be as much work
-        splits = choose_splits(full * kv_heads, blocks, sms, c.per_sm, min_blocks)
+        splits = choose_splits(min(tiles, segments * longest) * kv_heads, blocks, sms, c.per_sm, min_blocks)
     part = lse = out
     if splits > 1:
         part = torch.empty((splits, num_rows, heads, dim), dtype=torch.float32, device=q.device)
@@ -313,7 +313,7 @@ def segment_attention(
     max_q: int,
     max_kv: int,
     scale: float,
-    spread: int = 1,
+    out: torch.Tensor | None = None,
     *,
     config: AttentionConfig | None = None,
 ) -> torch.Tensor:
@@ -335,8 +335,8 @@ def segment_attention(
         True,
         block_size,
         kv_heads,
-        spread,
         config,
+        out,
     )
 
 
@@ -361,4 +361,4 @@ def varlen_attention(
     if k.stride() != v.stride() or k.stride(2) != 1 or k.stride(1) != dim:
         k, v = k.contiguous(), v.contiguous()
     table = cu[None]  # not read: keys are packed, not paged
-    return _launch(q, k, v, cu, cu, table, max_len, max_len, scale, causal, 0, k.shape[1], 1, config)
+    return _launch(q, k, v, cu, cu, table, max_len, max_len, scale, causal, 0, k.shape[1], config)

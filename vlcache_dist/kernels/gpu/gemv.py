@@ -79,8 +79,8 @@ def _gemv_kernel(
 def default_config(inputs: int, gated: bool) -> GemvConfig:
     """The fastest of those tried on one H200 at 7B shapes (docs/kernels.md)."""
     if gated:
-        return GemvConfig(2, 4096, 4)
-    return GemvConfig(4, min(4096, triton.next_power_of_2(inputs)), 4)
+        return GemvConfig(2, 2048, 4)
+    return GemvConfig(4, 2048, 4) if inputs <= 4096 else GemvConfig(2, 4096, 4)
 
 
 def _gemv(
