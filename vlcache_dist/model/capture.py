@@ -12,8 +12,8 @@ T = TypeVar("T")
 
 
 def captured(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A graph of what ``run`` launches, with its result; memory comes from ``pool``. Runs it once before, because what is
-    compiled or allocated at first use cannot be captured.
+    """A graph of what ``run`` launches, with its result; memory comes from ``pool``. Runs it once before, because what
+    is compiled or allocated at first use cannot be captured.
 
     ``torch.cuda.graph`` collects garbage first, which in a large process takes longer than the capture, lest objects be
     freed in the middle of it; here the collector rests instead. Other threads may go on allocating.
