@@ -23,7 +23,7 @@ from vlcache_dist import wire
 from vlcache_dist.cache_directory.client import Addresses, DirectoryClient
 from vlcache_dist.cache_directory.hashing import ranked
 from vlcache_dist.errors import LayoutMismatch, ObjectGone, Overloaded, TransferFailed, VLCacheError, WorkerLost
-from vlcache_dist.kv.arena import Arena
+from vlcache_dist.kv.arena import Arena, free_bytes
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.kv.object_store import Extent, ObjectStore
 from vlcache_dist.rpc import Call, Handler, RpcClient, RpcServer
@@ -389,6 +389,8 @@ class Node(FrontNode):
                 "device": str(self.arena.tensor.device),
                 "store": {name: getattr(stats, name) for name in stats.__slots__},
                 "store_itemsize": self.layout.itemsize,
+                "store_bytes": self.arena.tensor.nbytes,
+                "device_free_bytes": free_bytes(self.arena.tensor.device),
                 "transfers": {
                     "reads": self._fetcher.reads,
                     "bytes_read": self._fetcher.bytes_read,

@@ -17,6 +17,7 @@ from vlcache_dist.model.config import ModelConfig
 from vlcache_dist.model.language import LanguageModel
 
 CPU_KV_BYTES = 256 << 20
+CPU_STORE_BYTES = 256 << 20
 MAX_WAITING = 1024
 
 
@@ -50,12 +51,18 @@ def kv_layout(config: ModelConfig, fingerprint: str, dtype: str) -> KVLayout:
 
 
 def build_store(layout: KVLayout, settings: EngineSettings, device: torch.device) -> tuple[Arena, ObjectStore]:
-    """The arena for image KV, encoder output and staging, and its book. Raises ConfigError if it is too small."""
+    """The arena for image KV, encoder output and staging, and its book: of the bytes given, or a share of the device's
+    free memory. Raises ConfigError if it is too small."""
+    arena_bytes = settings.store_bytes
+    if arena_bytes is None and device.type == "cpu":
+        arena_bytes = CPU_STORE_BYTES
+    if arena_bytes is None:
+        arena_bytes = int(free_bytes(device) * settings.store_fraction)
     plan = plan_memory(
         layout,
         settings.block_size,
         pages_bytes=layout.kv_token * settings.block_size * layout.itemsize,
-        arena_bytes=settings.store_bytes,
+        arena_bytes=arena_bytes,
     )
     arena = Arena(layout, plan.arena_elements, device)
     return arena, ObjectStore(plan.arena_elements, alignment=arena.alignment)

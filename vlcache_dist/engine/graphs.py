@@ -31,12 +31,12 @@ from vlcache_dist.model.upload import FixedInputs
 
 log = logging.getLogger(__name__)
 
-ROWS = (1, 2, 4, *range(8, 129, 8), *range(144, 513, 16), *range(544, 1025, 32), *range(1152, 2049, 128))
+ROWS = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, 1025, 32), *range(1152, 2049, 128))
 MAX_GRAPHS = 192
 LEAST_KEYS = 2048  #: and more than any padding
 LEAST_NEAR_KEYS = 256
 LEAST_SCATTER = 256
-FAR_STEP = 16  #: rows of the far group are padded to a multiple of it
+FAR_STEP = 16  #: sampled and far rows together are padded to a multiple of it
 PATIENCE = 3  #: uses after which a shape is captured although somebody waits
 _REMEMBERED = 1024  #: shapes without a graph
 
@@ -126,7 +126,7 @@ def shape_for(step: StepBatch) -> Shape | None:
         return None
     far, near = step.far_rows - samples, rows - step.far_rows
     if near:
-        far = -(-far // FAR_STEP) * FAR_STEP
+        far = -(-(padded_samples + far) // FAR_STEP) * FAR_STEP - padded_samples
     padded_rows = _at_least(padded_samples + far + near, ROWS) if far + near else padded_samples
     if padded_rows is None:
         return None
