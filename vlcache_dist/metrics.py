@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-Unit = Literal["count", "tokens", "tokens/s", "bytes", "seconds", "blocks"]
+Unit = Literal["count", "tokens", "bytes", "seconds", "blocks"]
 RAY_PREFIX = "ray_"
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _WORKER = ("worker", "role")
@@ -81,7 +81,8 @@ SEQUENCES_RUNNING = _gauge("running", "Sequences (encoder: pictures) being compu
 SEQUENCES_WAITING = _gauge("waiting", "Sequences (encoder: pictures) that wait")
 SEQUENCES_PARKED = _gauge("parked", "Prefilled sequences that wait for a decode worker")
 WAITING_TOKENS = _gauge("waiting_tokens", "Active tokens not yet computed", "tokens")
-SPEED = _gauge("tokens_per_second", "Measured speed, recent", "tokens/s")
+PASS_SECONDS = _gauge("pass_seconds", "Measured time of a forward pass besides its tokens, recent", "seconds")
+TOKEN_SECONDS = _gauge("token_seconds", "Measured time of one active token, recent", "seconds")
 KV_BLOCKS = _gauge("kv_blocks", "KV blocks in all", "blocks")
 KV_BLOCKS_FREE = _gauge("kv_blocks_free", "KV blocks that are free", "blocks")
 STORE_BYTES = _gauge("store_bytes", "Size of the object store's arena", "bytes")
@@ -201,7 +202,8 @@ def _figures(status: Mapping[str, Any], load: Mapping[str, Any]) -> Iterator[tup
         (SEQUENCES_WAITING, load, "waiting", 1),
         (SEQUENCES_PARKED, status, "parked", 1),
         (WAITING_TOKENS, load, "waiting_tokens", 1),
-        (SPEED, load, "tokens_per_s", 1),
+        (PASS_SECONDS, load, "pass_s", 1),
+        (TOKEN_SECONDS, load, "token_s", 1),
         (STORE_BYTES, load, "store_bytes_total", 1),
         (STORE_BYTES_USED, load, "store_bytes_used", 1),
         (STORE_BYTES_QUARANTINED, store, "quarantined", itemsize),

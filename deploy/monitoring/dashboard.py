@@ -13,7 +13,7 @@ from vlcache_dist import metrics as m
 from vlcache_dist.metrics import Metric
 
 OUT = Path(__file__).with_name("grafana-dashboard.json")
-UNITS = {"count": "short", "tokens": "short", "tokens/s": "short", "bytes": "bytes", "seconds": "s", "blocks": "short"}
+UNITS = {"count": "short", "tokens": "short", "bytes": "bytes", "seconds": "s", "blocks": "short"}
 WIDTH, HEIGHT, COLUMNS = 8, 8, 3
 Query = tuple[str, str]  # PromQL, legend
 
@@ -106,7 +106,8 @@ def rows() -> list[tuple[str, list[dict[str, Any]]]]:
                 declared(m.SEQUENCES_WAITING),
                 declared(m.SEQUENCES_PARKED),
                 declared(m.WAITING_TOKENS),
-                declared(m.SPEED),
+                declared(m.PASS_SECONDS),
+                declared(m.TOKEN_SECONDS),
                 panel("Sequences per second, by outcome", "short", (rate(m.SEQUENCES, "outcome"), "{{outcome}}")),
                 panel("KV blocks in use", "percentunit", (used(m.KV_BLOCKS_FREE, m.KV_BLOCKS), "{{worker}}")),
                 panel(

@@ -1,4 +1,4 @@
-"""Every command that the documentation shows is run, by this file or by a named test, or marked as needing a cluster."""
+"""Every command that the documentation shows is run, by this file or a named test, or marked as needing a cluster."""
 
 from __future__ import annotations
 
