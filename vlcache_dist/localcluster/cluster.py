@@ -55,6 +55,14 @@ class LocalCluster:
     def head(self) -> Host:
         return self.hosts[0]
 
+    def status(self) -> list[dict[str, Any]]:
+        """What the workers say of themselves (``/status``). To be called inside one of the hosts."""
+        headers = {"authorization": f"Bearer {self.api_key}"}
+        workers: list[dict[str, Any]] = httpx.get(f"{self.url}/status", headers=headers).raise_for_status().json()[
+            "workers"
+        ]
+        return workers
+
     def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
         """A command on the first host, to its end."""
         with self.head.inside():
