@@ -1,4 +1,4 @@
-"""Several hosts on this machine: encoder, each prefill worker and decode on hosts of their own, image KV between them."""
+"""Several hosts on this machine: every worker on a host of its own, image KV between hosts, metrics on all."""
 
 from __future__ import annotations
 
@@ -11,13 +11,29 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from vlcache_dist.demo.run import run
-from vlcache_dist.localcluster.cluster import MARK, running
+from vlcache_dist.localcluster.cluster import MARK, METRICS_PORT, LocalCluster, running
 from vlcache_dist.localcluster.hosts import NETNS, NoNamespaces, namespaces
+from vlcache_dist.metrics import (
+    DECLARED,
+    EVICTIONS,
+    HEALTHY,
+    PREFIX_HIT_TOKENS,
+    READ_BYTES,
+    READ_FAILURES,
+    REQUESTS,
+    SPANS_ESCALATED,
+    SPANS_REUSED,
+    SPANS_WATCHED,
+    TTFT,
+)
 
 ROOT = Path(__file__).parents[2]
+SELDOM = (EVICTIONS, READ_FAILURES, SPANS_WATCHED, SPANS_ESCALATED, PREFIX_HIT_TOKENS)  # a counter of nothing is absent
 CONFIG = ROOT / "deploy" / "serve" / "cpu-1e-2p-1d.yaml"
 
 
@@ -47,6 +63,25 @@ def left_over() -> list[str]:
     return found
 
 
+def exported_metrics(cluster: LocalCluster, expected: dict[str, float], patience_s: float = 40.0) -> dict[str, float]:
+    """Sums over all hosts of what their Prometheus endpoints show of us, once all of it is there and ``expected`` is
+    reached: samples travel every few seconds."""
+    wanted = {metric.ray_name for metric in DECLARED if metric.kind != "histogram" and metric not in SELDOM}
+    deadline = time.monotonic() + patience_s
+    while True:
+        sums: dict[str, float] = {}
+        for host in cluster.hosts:
+            page = httpx.get(f"http://{host.address}:{METRICS_PORT}/metrics").raise_for_status().text
+            for family in text_string_to_metric_families(page):
+                for sample in family.samples:
+                    sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+        reached = wanted <= set(sums) and all(sums[name] >= value for name, value in expected.items())
+        if reached or time.monotonic() > deadline:
+            assert wanted <= set(sums), f"not exported: {sorted(wanted - set(sums))}"
+            return sums
+        time.sleep(1.0)
+
+
 @needs_namespaces
 def test_the_demo_across_four_hosts() -> None:
     said: list[str] = []
@@ -54,6 +89,10 @@ def test_the_demo_across_four_hosts() -> None:
         with cluster.head.inside():
             report = run(cluster.url, lambda text: None, api_key=cluster.api_key)
             status = cluster.status()
+            asked = 2 * len(report.requests) + 2  # with reuse, without, and two warm-ups
+            reused = sum(row.kv_source in ("local", "remote") for row in report.requests)
+            expected = {REQUESTS.ray_name: asked, SPANS_REUSED.ray_name: reused, HEALTHY.ray_name: 4}
+            exported = exported_metrics(cluster, expected)
         by_address = {host.address: host for host in cluster.hosts}
         at = {worker["name"]: by_address[worker["address"].split("/")[-1].split(":")[0]] for worker in status}
         assert len({host.name for host in at.values()}) == len(at) == 4, "every worker has a host of its own"
@@ -63,6 +102,9 @@ def test_the_demo_across_four_hosts() -> None:
         assert warm.kv_source == "remote" and warm.bytes_moved > 1 << 20
         # The holder's host has sent at least the image's KV through its own network card.
         assert at[cold.prefill_worker].sent_bytes() > warm.bytes_moved
+        assert {name: exported[name] for name in expected} == expected
+        assert exported[READ_BYTES.ray_name] > warm.bytes_moved
+        assert exported[f"{TTFT.ray_name}_count"] == asked
     assert left_over() == [] and "stopping" in said
 
 

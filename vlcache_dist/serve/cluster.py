@@ -71,7 +71,8 @@ def _start_ray(settings: Settings) -> int:
         raise ConfigError(f"port {own.port} of {own.host} is taken: choose another with --port")
     quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     if own.address is None:
-        ray.init(num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
+        # "local": a cluster that somebody else runs on this machine is not to be joined unasked.
+        ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
         return port
     _check_reachable(own.address)
     try:
