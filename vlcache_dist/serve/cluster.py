@@ -16,6 +16,7 @@ from vlcache_dist.cache_directory.actor import shutdown_directory
 from vlcache_dist.config import Settings
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
+from vlcache_dist.model.weights import Checkpoint
 from vlcache_dist.serve.app import build
 from vlcache_dist.serve.auth import require_keys
 from vlcache_dist.serve.readiness import require_room, wait_until_ready
@@ -31,11 +32,15 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
 
     Starts a Ray cluster on this machine unless ``settings.serve.address`` names one. Whatever happens inside, SIGINT
     and SIGTERM included, everything that was started here is stopped; a cluster that was joined keeps running without
-    the application. Raises WorkerLost if a worker cannot start or the pools are not ready in time, ConfigError if the
-    port is taken, the cluster too small, or the endpoint open to others without API keys.
+    the application. Raises CheckpointError for a model that is not there, WorkerLost if a worker cannot start or the
+    pools are not ready in time, ConfigError if the port is taken, the cluster too small, or the endpoint open to others
+    without API keys.
     """
     own = settings.serve
     require_keys(own)
+    if own.address is None:
+        say(f"opening {settings.model.model}")  # what every worker would stumble over, a hub that is out of reach say
+        Checkpoint.open(settings.model.model, settings.model.revision)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with terminate_as_interrupt() as again:
         try:
