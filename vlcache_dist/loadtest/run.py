@@ -14,7 +14,7 @@ from importlib.metadata import version
 import msgspec
 
 from vlcache_dist.errors import ConfigError, VLCacheError
-from vlcache_dist.loadtest import arrivals, counters, scenario
+from vlcache_dist.loadtest import arrivals, counters, dataset, scenario
 from vlcache_dist.loadtest.actor import drive_on_nodes, is_joined, places
 from vlcache_dist.loadtest.analysis import summarize
 from vlcache_dist.loadtest.client import Job, Target, drive
@@ -121,6 +121,7 @@ def _point(
     that leaves nothing behind."""
     count = options.count(rate)
     planned = scenario.plan(each, share, count, seed)
+    dataset.prepare(planned)
     requests = render(each, planned, seed)
     times = arrivals.schedule(count, rate, seed, options.process)
     arms = []
