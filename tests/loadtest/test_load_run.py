@@ -95,7 +95,8 @@ def test_an_endpoint_that_dies_is_a_loud_failure(served: Served, backend: Cachin
         (["--url", "http://127.0.0.1:9"], "EndpointDead: http://127.0.0.1:9/v1/models does not answer"),
         (["--scenario", "nonsense"], "ConfigError: scenario 'nonsense' is unknown"),
         (["--scenario", "missing.json"], "ConfigError: scenario 'missing.json' is unknown"),
-        (["--api-keys", "/nowhere"], "FileNotFoundError"),
+        (["--api-keys", "/nowhere"], "ConfigError: API keys cannot be read from /nowhere: No such file"),
+        (["--url", "http://127.0.0.1:9", "--address", "127.0.0.1:9"], "ConfigError: nothing answers at 127.0.0.1:9"),
         (["--share", "100", "--export", "{out}"], "ConfigError: reuse share = 1.0"),
     ],
 )
