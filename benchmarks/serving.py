@@ -89,7 +89,6 @@ def two_nodes(device: str) -> Iterator[str]:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     common: dict[str, Any] = {
-        "node_ip_address": "127.0.0.1",
         "num_cpus": 16,
         "object_store_memory": 200_000_000,
         "include_dashboard": False,
