@@ -19,9 +19,8 @@ from typer.main import get_command
 from vlcache_dist.cli import app
 
 ROOT = Path(__file__).parents[2]
-OBJECTS = {
-    each["kind"]: each for each in yaml.safe_load_all((ROOT / "deploy" / "loadtest" / "rayjob.yaml").read_text())
-}
+MANIFEST = ROOT / "deploy" / "loadtest" / "rayjob.yaml"
+OBJECTS = {each["kind"]: each for each in yaml.safe_load_all(MANIFEST.read_text())}
 JOB = OBJECTS["RayJob"]
 SERVICE, POLICY = (ROOT / "deploy" / "kuberay" / "base" / name for name in ("rayservice.yaml", "networkpolicies.yaml"))
 
