@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from fastapi import Depends, FastAPI
 from ray import serve
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.handle import DeploymentHandle
 
 from vlcache_dist.actor import RaySink, directory_of
@@ -44,13 +45,13 @@ class Ingress:
     async def __init__(self, settings: dict[str, Any], *pools: DeploymentHandle) -> None:  # type: ignore[misc]
         self._settings = Settings.of(**settings)
         self._pools = pools
-        self._guard = Guard(ApiKeys.of(self._settings.serve))
+        own = self._settings.serve
+        self._guard = Guard(ApiKeys.of(own), addresses=own.direct or not RAY_SERVE_ENABLE_HA_PROXY)
         site = Site("ingress", ray.util.get_node_ip_address(), directory_of(self._settings))
         self._frontend = await asyncio.to_thread(build_frontend, self._settings, site)
         await self._frontend.start()
         self._app = self._build_app()
         self._listener: Listener | None = None
-        own = self._settings.serve
         if own.direct:
             self._listener = Listener(self._app, own.host, own.port)
             self._listener.start()
