@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import Any
 
 import ray
 from fastapi import Depends, FastAPI
 from ray import serve
-from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.handle import DeploymentHandle
 
 from vlcache_dist.actor import RaySink, directory_of
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 UNBOUNDED = 10_000  #: Serve's own limits; the ingress has its own (``max_ongoing``), with an answer in OpenAI's shape
 DRAIN_S = 10.0
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"  #: Ray's switch; HAProxy hides where requests come from
 
 
 @serve.deployment(name="ingress")
@@ -46,7 +47,7 @@ class Ingress:
         self._settings = Settings.of(**settings)
         self._pools = pools
         own = self._settings.serve
-        self._guard = Guard(ApiKeys.of(own), addresses=own.direct or not RAY_SERVE_ENABLE_HA_PROXY)
+        self._guard = Guard(ApiKeys.of(own), addresses=own.direct or os.environ.get(HAPROXY) != "1")
         site = Site("ingress", ray.util.get_node_ip_address(), directory_of(self._settings))
         self._frontend = await asyncio.to_thread(build_frontend, self._settings, site)
         await self._frontend.start()

@@ -86,8 +86,8 @@ class ApiKeys:
 
 
 class Guard:
-    """Lets requests in: with a key, or, while there are no keys, from this machine alone, and then only if the addresses
-    that requests come from are their clients' (``addresses``) and not those of a load balancer."""
+    """Lets requests in: with a key, or, while there are no keys, from this machine alone, and then only if requests come
+    from their clients' ``addresses`` and not from a load balancer's."""
 
     def __init__(self, keys: ApiKeys, *, addresses: bool = True) -> None:
         self._keys = keys
