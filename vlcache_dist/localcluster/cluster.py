@@ -27,7 +27,7 @@ from vlcache_dist.serve.auth import ENVIRONMENT, entry_of, new_key
 from vlcache_dist.serve.readiness import pools, require_room, wait_until_ready
 
 MARK = "VLCACHE_LOCALCLUSTER"
-GCS_PORT, DASHBOARD_PORT = 6379, 8265
+GCS_PORT, DASHBOARD_PORT, METRICS_PORT = 6379, 8265, 8080
 START_S, DEPLOY_S = 90.0, 180.0
 QUICK_HEALTH_CHECKS = {  # a host that is gone is seen in seconds instead of a minute
     "RAY_health_check_initial_delay_ms": "2000",
@@ -54,6 +54,14 @@ class LocalCluster:
     @property
     def head(self) -> Host:
         return self.hosts[0]
+
+    def status(self) -> list[dict[str, Any]]:
+        """What the workers say of themselves (``/status``). To be called inside one of the hosts."""
+        headers = {"authorization": f"Bearer {self.api_key}"}
+        workers: list[dict[str, Any]] = (
+            httpx.get(f"{self.url}/status", headers=headers).raise_for_status().json()["workers"]
+        )
+        return workers
 
     def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
         """A command on the first host, to its end."""
@@ -105,6 +113,7 @@ def _started(
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_metrics_report_interval_ms": "2000",
         "UCX_TLS": "tcp,self",
         ENVIRONMENT: entry_of(api_key),
     }
@@ -188,8 +197,7 @@ def _start_ray(
     say("starting Ray on every host")
     head, *others = list(zip(hosts, offers, strict=True))
     common = ["--num-cpus=4", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats"]
-    if not isolated:
-        common += ["--dashboard-agent-listen-port=0"]
+    common += [f"--metrics-export-port={METRICS_PORT}"] if isolated else ["--dashboard-agent-listen-port=0"]
 
     def start(host: Host, offer: Mapping[str, int], *more: str) -> None:
         temp = folder / (host.name if isolated else "host-0")

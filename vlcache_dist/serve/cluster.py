@@ -16,6 +16,7 @@ from vlcache_dist.cache_directory.actor import shutdown_directory
 from vlcache_dist.config import Settings
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
+from vlcache_dist.model.weights import Checkpoint
 from vlcache_dist.serve.app import build
 from vlcache_dist.serve.auth import require_keys
 from vlcache_dist.serve.readiness import check_reachable, require_room, wait_until_ready
@@ -31,11 +32,15 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
 
     Starts a Ray cluster on this machine unless ``settings.serve.address`` names one. Whatever happens inside, SIGINT
     and SIGTERM included, everything that was started here is stopped; a cluster that was joined keeps running without
-    the application. Raises WorkerLost if a worker cannot start or the pools are not ready in time, ConfigError if the
-    port is taken, the cluster too small, or the endpoint open to others without API keys.
+    the application. Raises CheckpointError for a model that is not there, WorkerLost if a worker cannot start or the
+    pools are not ready in time, ConfigError if the port is taken, the cluster too small, or the endpoint open to others
+    without API keys.
     """
     own = settings.serve
     require_keys(own)
+    if own.address is None:
+        say(f"opening {settings.model.model}")  # what every worker would stumble over, a hub that is out of reach say
+        Checkpoint.open(settings.model.model, settings.model.revision)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with terminate_as_interrupt() as again:
         try:
@@ -45,8 +50,9 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
             say(f"starting {own.encoders} encoder, {own.prefills} prefill and {own.decodes} decode workers")
             if own.address is None:  # a cluster that was joined may grow
                 require_room(own, _node_resources())
-            serve.start(http_options={"host": own.host, "port": port}, logging_config={"enable_access_log": False})
-            target = serve.RunTarget(target=build(settings.model_dump(mode="json")), name=own.app_name)
+            serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+            listening = settings.model_copy(update={"serve": own.model_copy(update={"direct": True, "port": port})})
+            target = serve.RunTarget(target=build(listening.model_dump(mode="json")), name=own.app_name)
             serve.run_many([target], wait_for_applications_running=False)
             url = f"http://{'127.0.0.1' if own.host in ('0.0.0.0', '::') else own.host}:{port}"
             wait_until_ready(
@@ -71,7 +77,8 @@ def _start_ray(settings: Settings) -> int:
         raise ConfigError(f"port {own.port} of {own.host} is taken: choose another with --port")
     quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     if own.address is None:
-        ray.init(num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
+        # "local": a cluster that somebody else runs on this machine is not to be joined unasked.
+        ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
         return port
     check_reachable(own.address)
     try:

@@ -48,7 +48,7 @@ def test_commands_are_tested_or_marked(block: tuple[str, str, str, str], tmp_pat
         assert not function or function in names, f"{path} has no {function}"
         for line in text.strip().splitlines():
             program, *arguments = line.split()
-            assert arguments[0].removesuffix(".py") in source, f"{path} does not run {program} {arguments[0]}"
+            assert Path(arguments[0]).name in source, f"{path} does not run {program} {arguments[0]}"
     else:
         assert mark == "run", f"{page}: {text!r} is neither run nor marked"
         _run(language, text, tmp_path)
