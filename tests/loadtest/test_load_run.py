@@ -171,14 +171,14 @@ def test_clients_that_were_late_are_told(served: Served) -> None:
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "loadtest-tiny-cpu.json"
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="no recorded run")
 def test_the_report_of_the_recorded_run() -> None:
     run = msgspec.json.decode(RECORDED.read_bytes(), type=Run)
     check_page(report.html(run), run)
     assert [round(point.share, 2) for point in run.points] == [0.0, 0.25, 0.5, 0.75, 0.95]
     assert all([arm.reuse for arm in point.arms] == ["off", "approx"] for point in run.points)
-    shown = (RECORDED.parents[2] / "docs" / "load-testing.md").read_text()
-    assert report.markdown(run.points) in shown, "docs/load-testing.md shows another run"
+    shown = (RECORDED.parents[2] / "docs" / "performance.md").read_text()
+    assert report.markdown(run.points) in shown, "docs/performance.md shows another run"
+    assert "localcluster" in shown and run.clients == 4 and run.workers == {"encoder": 1, "prefill": 2, "decode": 1}
 
 
 def test_export_writes_files_and_sends_nothing(tmp_path: Path) -> None:
