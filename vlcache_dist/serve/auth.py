@@ -86,7 +86,7 @@ class ApiKeys:
 
 
 class Guard:
-    """Lets requests in: with a key, or, while there are no keys, from this machine alone, and then only if requests come
+    """Lets requests in: with a key, or, while there are no keys, from this machine alone, and then only if they come
     from their clients' ``addresses`` and not from a load balancer's."""
 
     def __init__(self, keys: ApiKeys, *, addresses: bool = True) -> None:
