@@ -1,4 +1,4 @@
-"""Tensor-parallel engines whose followers are threads of the test's process: real gloo, real links, seen from inside."""
+"""Tensor-parallel engines whose followers are threads of the test's process, over real gloo and real links."""
 
 from __future__ import annotations
 

@@ -90,9 +90,9 @@ class Runner:
     def compare(
         self, extents: Sequence[tuple[int, int]], probes: Sequence[np.ndarray], slots: np.ndarray
     ) -> torch.Tensor:
-        """fp32 [2, layer, P]: per layer and probe |fresh - cached|^2 and |cached|^2 of V, over all KV heads. ``extents``:
-        (offset, tokens) of each span's KV object, ``probes`` int64 [p]: tokens of it, ``slots`` int64 [P]: where the
-        pages hold them all, in order. Does not wait."""
+        """fp32 [2, layer, P]: per layer and probe |fresh - cached|^2 and |cached|^2 of V, over all KV heads.
+        ``extents``: (offset, tokens) of each span's KV object, ``probes`` int64 [p]: tokens of it, ``slots`` int64
+        [P]: where the pages hold them all, in order. Does not wait."""
         on_device, *at = upload([slots, *probes], self.device)
         fresh = self.pages[:, 1].flatten(1, 2).index_select(1, on_device).float()
         layout = self.arena.layout

@@ -28,11 +28,9 @@ class Look:
 
     def __init__(self, runner: Runner, spans: Sequence[Watched]) -> None:
         self.spans = spans
-        changed, cached = runner.compare(
-            [(s.kv.offset, s.length) for s in spans],
-            [s.probes for s in spans],
-            np.concatenate([s.slots for s in spans]),
-        )
+        extents = [(s.kv.offset, s.length) for s in spans]
+        slots = np.concatenate([s.slots for s in spans])
+        changed, cached = runner.compare(extents, [s.probes for s in spans], slots)
         self._ratios = changed.sqrt() / cached.sqrt().clamp_min(1e-12)
 
     def ratios(self) -> list[np.ndarray]:

@@ -15,8 +15,8 @@ from vlcache_dist.model.rope import MRope
 
 @dataclass(slots=True)
 class DecoderLayer:
-    """C hidden, I intermediate. ``qkv`` is [(Hq + 2 Hkv) D, C] with Q, K, V in this order; ``o`` is [C, Hq D], ``gate_up``
-    [2I, C]."""
+    """C hidden, I intermediate. ``qkv`` is [(Hq + 2 Hkv) D, C] with Q, K, V in this order; ``o`` is [C, Hq D],
+    ``gate_up`` [2I, C]."""
 
     input_norm: torch.Tensor
     qkv: torch.Tensor

@@ -21,8 +21,7 @@ from vlcache_dist.model.config import TextConfig
 from vlcache_dist.model.language import LanguageModel
 from vlcache_dist.model.weights import Checkpoint
 
-ROWS = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")
-ROWS += ("gate_proj.weight", "up_proj.weight")
+ROWS = tuple(f"{name}_proj.{part}" for name in ("q", "k", "v", "gate", "up") for part in ("weight", "bias"))
 COLUMNS = ("o_proj.weight", "down_proj.weight")
 
 AllReduce = Callable[[torch.Tensor], torch.Tensor]  #: sums over all ranks, in place, on the current stream

@@ -1,7 +1,7 @@
 """Sums and copies over the ranks of one worker: NCCL between GPUs, gloo between CPUs.
 
-The process groups are made directly and not through ``torch.distributed.init_process_group``, whose default group is one
-per process: a process may hold several workers (tests, colocated roles).
+The process groups are made directly and not through ``torch.distributed.init_process_group``, whose default group is
+one per process: a process may hold several workers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Collective:
 
 
 def _gloo(store: dist.Store, host: str, rank: int, size: int) -> Any:
-    options = dist.ProcessGroupGloo._Options()
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = timedelta(seconds=PASS_S)
     return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)

@@ -1,7 +1,7 @@
-"""A follower: one rank above 0 of a tensor-parallel worker. It holds a shard of the model, of the pages and of the arena,
-and does what the leader's runner does, in the same order.
+"""A follower: one rank above 0 of a tensor-parallel worker. It holds a shard of the model, of the pages and of the
+arena, and does what the leader's runner does, in the same order.
 
-``python -m vlcache_dist.parallel.follower`` reads an ``Invitation`` (JSON) from stdin and runs until the leader is gone.
+``python -m vlcache_dist.parallel.follower`` reads an ``Invitation`` (JSON) from stdin and runs until its leader ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A connection between a leader and a follower: typed messages, each framed by its length, over one TCP socket.
 
-A closed socket is how either side learns of the other's death, even of a killed one. The first message says the worker's
-secret, and nothing else is listened to before it is right.
+A closed socket is how either side learns of the other's death, even of a killed one. The first message says the
+worker's secret, and nothing else is listened to before it is right.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a leader tells its followers, and what they say to it, over two links per follower.
 
-The *steps* link carries what the leader's ``Runner`` is told, in that order; the follower does the same on its shard. The
-*side* link carries what must not wait for a forward pass: READs, checksums, signs of life.
+The *steps* link carries what the leader's ``Runner`` is told, in that order; the follower does the same on its shard.
+The *side* link carries what must not wait for a forward pass: READs, checksums, signs of life.
 
 Offsets are elements (steps) or bytes (READs) from the start of the arena: the leader's books hold for every rank, since
 all arenas are laid out alike.

@@ -1,7 +1,7 @@
-"""The runner of a tensor-parallel worker: what it is told, it tells the followers first, and then does on its own shard.
+"""The runner of a tensor-parallel worker: what it is told, it tells the followers, and then does on its own shard.
 
-The ranks agree because they are told the same in the same order. Rank 0 alone draws tokens. Where the others' work must
-be over, and not just enqueued, they confirm it: extents are handed out or reused on this rank's word.
+The ranks agree because they are told the same in the same order. Rank 0 alone draws tokens. Where the others' work
+must be over, and not just enqueued, they confirm it: extents are handed out or reused on this rank's word.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class LeaderSide:
     """A leader's end of one follower's side link. ``on_lost`` is called once, from this end's thread, if the follower
     dies, fails, or gives no sign of life for ``silence_s``."""
 
-    def __init__(self, link: Link, rank: int, on_lost: Callable[[str], None], silence_s: float = SILENCE_S) -> None:
+    def __init__(self, link: Link, rank: int, on_lost: Callable[[str], object], silence_s: float = SILENCE_S) -> None:
         self._link = link
         self._rank = rank
         self._on_lost = on_lost
