@@ -7,7 +7,7 @@ call it off the event loop.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,6 +19,10 @@ from vlcache_dist.hashing import ModelIdentity
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.model.weights import Checkpoint
 from vlcache_dist.node import Node
+from vlcache_dist.parallel.build import build_sharded_engine, open_arenas
+from vlcache_dist.parallel.group import Launcher, ShardGroup
+from vlcache_dist.parallel.processes import Processes
+from vlcache_dist.parallel.transport import ShardedTransport
 from vlcache_dist.transfer.base import Transport
 from vlcache_dist.transfer.fetch import FetchLimits
 from vlcache_dist.types import Role, WorkerId
@@ -28,11 +32,13 @@ TransportFactory = Callable[[WorkerId, torch.Tensor, KVLayout], Transport]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a process runs: its name in the pool, the address that others reach it at, how it finds the directory."""
+    """Where a process runs: its name in the pool, the address that others reach it at, how it finds the directory, and
+    how the other ranks of a tensor-parallel worker are started."""
 
     name: str
     host: str
     directory: Addresses
+    shards: Launcher = field(default_factory=Processes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +52,14 @@ class Model:
 
     @classmethod
     def open(cls, settings: Settings) -> Model:
-        """Raises CheckpointError, UnsupportedModel."""
+        """Raises CheckpointError, UnsupportedModel; ConfigError for a tensor-parallel size that does not fit it."""
         own = settings.model
         checkpoint = Checkpoint.open(own.model, own.revision)
         placement = Placement.of(own)
         return cls(
             checkpoint,
             placement,
-            kv_layout(checkpoint.config, checkpoint.fingerprint, placement.dtype),
+            kv_layout(checkpoint.config, checkpoint.fingerprint, placement.dtype, settings.engine.tensor_parallel),
             ModelIdentity(own.model, own.revision or "", checkpoint.fingerprint, placement.dtype),
         )
 
@@ -68,6 +74,7 @@ def nixl_transport(worker_id: WorkerId, arena: torch.Tensor, layout: KVLayout) -
 def make_node(settings: Settings, site: Site, role: Role, model: Model, transport: TransportFactory) -> Node:
     """A worker's node: arena, store, transport, RPC, directory client."""
     arena, store = build_store(model.layout, settings.engine, model.placement.device)
+    shown = model.layout.without_kv() if role is Role.ENCODER else model.layout
     return Node(
         name=site.name,
         role=role,
@@ -75,9 +82,34 @@ def make_node(settings: Settings, site: Site, role: Role, model: Model, transpor
         directory=site.directory,
         arena=arena,
         store=store,
-        make_transport=lambda worker_id: transport(worker_id, arena.tensor, model.layout),
+        make_transport=lambda worker_id: transport(worker_id, arena.tensor, shown),
         limits=FetchLimits(lease_s=settings.serve.lease_s, transfer_s=settings.serve.transfer_timeout_s),
     )
+
+
+def make_language_worker(
+    settings: Settings, site: Site, role: Role, transport: TransportFactory
+) -> tuple[Node, Engine]:
+    """Node and engine of a prefill or decode worker, and the other ranks' processes if it is tensor-parallel: they end
+    with the engine's runner, or here if anything fails."""
+    model = Model.open(settings)
+    size = settings.engine.tensor_parallel
+    if size == 1:
+        node = make_node(settings, site, role, model, transport)
+        return node, make_engine(settings, model, node)
+    group = ShardGroup(site.shards, size)
+
+    def sharded(worker_id: WorkerId, arena: torch.Tensor, layout: KVLayout) -> Transport:
+        peers = open_arenas(group, arena, layout, worker_id)
+        return ShardedTransport(transport(worker_id, arena, layout), group, peers)
+
+    try:
+        node = make_node(settings, site, role, model, sharded)
+        engine = build_sharded_engine(group, model.checkpoint, settings.model, settings.engine, node.arena, node.store)
+    except BaseException:
+        group.close()
+        raise
+    return node, engine
 
 
 def make_engine(settings: Settings, model: Model, node: Node) -> Engine:

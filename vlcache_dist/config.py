@@ -60,6 +60,12 @@ class EngineSettings(_Section):
         default=0.5, gt=0, lt=1, description="share of free device memory for paged KV if `kv_bytes` is None"
     )
     store_bytes: int = Field(default=256 << 20, ge=1, description="arena for image KV, encoder output and staging")
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="ranks (GPUs) that share one language model; it must divide the model's KV heads. The bytes above "
+        "count per rank",
+    )
     reuse: ReuseMode = Field(default=ReuseMode.APPROX, description="default of requests that do not say")
     plan: str = Field(
         default="uniform:5", description="default recompute plan: none, uniform:5, pyramid:..., file:plan.json"

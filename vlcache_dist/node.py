@@ -145,9 +145,7 @@ class Node(FrontNode):
         self.store = store
         self.transport = make_transport(self.worker_id)
         self._holder = HolderService(store, arena.tensor, self.transport)
-        self._fetcher = Fetcher(
-            store, arena.tensor, self.layout, self.transport, self.client.call, limits or FetchLimits()
-        )
+        self._fetcher = Fetcher(store, self.layout, self.transport, self.client.call, limits or FetchLimits())
         self._load: Callable[[], wire.WorkerLoad] = wire.WorkerLoad
         self._status: Callable[[], Any] = dict
         self._health: Callable[[], bool] = lambda: True

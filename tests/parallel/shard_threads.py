@@ -134,10 +134,10 @@ def sharded_world(
 
         def make_runner(model: LanguageModel, own_pages: torch.Tensor, own_arena: Arena) -> ShardedRunner:
             pages[0], arenas[0] = own_pages, own_arena
-            group.post(protocol.Open(own_arena.layout, own_arena.tensor.numel(), "cpu", ""))
+            group.post(protocol.Open(own_arena.layout, own_arena.tensor.numel(), ("cpu",) * (size - 1), ""))
             group.confirm(protocol.Opened)
             store = host_store("127.0.0.1")
-            group.post(protocol.Load(store.port, "", None))
+            group.post(protocol.Load(store.port, ""))
             collective = group.meet(lambda: Collective(store, "127.0.0.1", 0, size, torch.device("cpu")))
             group.confirm(protocol.Loaded)
             shards.append(collective)

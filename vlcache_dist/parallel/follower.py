@@ -61,7 +61,7 @@ def from_checkpoint(
     command: p.Load, shard: Shard, collective: Collective, device: torch.device, layout: KVLayout
 ) -> LanguageShard:
     """The shard's weights, read from the leader's checkpoint. Raises CheckpointError if it is another one here."""
-    checkpoint = Checkpoint.open(command.model, command.revision)
+    checkpoint = Checkpoint.open(command.folder)
     if checkpoint.fingerprint != layout.model:
         raise CheckpointError(f"{checkpoint.folder} holds other weights than the leader's checkpoint")
     return load_shard(checkpoint, shard, collective.all_reduce, device, TORCH_DTYPES[layout.dtype])
@@ -95,8 +95,8 @@ class _Follower:
         except Exception as error:
             code = error.code if isinstance(error, VLCacheError) else "EngineError"
             text = str(error) if isinstance(error, VLCacheError) else f"{type(error).__name__}: {error}"
-            self._side.last_word(f"rank {self._rank}: {text}")
             self._steps.send(p.Failed(code, f"rank {self._rank}: {text}"))
+            self._side.last_word(f"rank {self._rank}: {text}")
             raise
 
     def _do(self, command: Any) -> p.Reply | None:
@@ -132,7 +132,7 @@ class _Follower:
 
     def _open(self, command: p.Open) -> p.Opened:
         layout = msgspec.structs.replace(command.layout, tp_rank=self._rank)
-        self._device = torch.device(command.device)
+        self._device = torch.device(command.devices[self._rank - 1])
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         self._arena = Arena(layout, command.arena_elements, self._device)

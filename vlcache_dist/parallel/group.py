@@ -108,8 +108,6 @@ class ShardGroup:
             log.error("%s", lost)
         for handle in self._handles:
             handle.kill()
-        for link in self._steps:
-            link.close()
         for side in self.sides:
             side.cut()
         for call in tell:

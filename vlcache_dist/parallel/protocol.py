@@ -23,21 +23,20 @@ class Command(msgspec.Struct, frozen=True, tag=True):
 
 class Open(Command, frozen=True):
     """Make the arena and, unless ``worker_id`` is empty, a transport over it. ``layout`` is the leader's; the
-    follower's differs in its rank. Answered with ``Opened``."""
+    follower's differs in its rank. ``devices``: of rank 1 and on. Answered with ``Opened``."""
 
     layout: KVLayout
     arena_elements: int
-    device: str
+    devices: tuple[str, ...]
     worker_id: str
 
 
 class Load(Command, frozen=True):
-    """Meet the other ranks at the leader's store and load the shard's weights: of a checkpoint, whose fingerprint must
-    be ``layout.model``. Answered with ``Loaded``."""
+    """Meet the other ranks at the leader's store and load the shard's weights from the checkpoint in ``folder``, whose
+    fingerprint must be ``layout.model``. Answered with ``Loaded``."""
 
     store_port: int
-    model: str
-    revision: str | None
+    folder: str
 
 
 class Allocate(Command, frozen=True):

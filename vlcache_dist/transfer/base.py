@@ -84,6 +84,11 @@ class Transport(Protocol):
         """Start reading. ``deadline_s`` is a duration from now. Raises ValueError for a piece outside an arena."""
         ...
 
+    def checksum(self, offset: int, nbytes: int) -> bytes:
+        """What bytes [offset, offset + nbytes) of this arena hold: 16 bytes per shard (``transfer.checksum``). Blocks
+        while it is computed. Raises TransferFailed if a shard is lost."""
+        ...
+
     def attend(self, seconds: float) -> None:
         """Peers are about to read from here: for so long, give them more of the CPU than an idle transport does."""
         ...
