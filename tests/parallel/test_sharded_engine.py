@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
-from shard_threads import World, model_config, sharded_world
+from sharded_world import World, model_config, sharded_world
 
 from vlcache_dist.engine.api import Import, Mode
 from vlcache_dist.types import ObjectKind

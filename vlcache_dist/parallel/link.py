@@ -19,6 +19,7 @@ import numpy as np
 
 LENGTH = struct.Struct("<Q")
 MAX_BYTES = 1 << 32
+JOIN_BYTES = 1024
 HELLO_S = 5.0
 
 
@@ -47,7 +48,8 @@ class Link:
     """Any thread may send, one receives. ``messages``: the union of what may come in."""
 
     def __init__(self, connection: socket.socket, messages: Any) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(None)
         self._socket = connection
         self._decode = msgspec.msgpack.Decoder(messages, dec_hook=_to_array).decode
@@ -133,7 +135,9 @@ class Doorway:
         connection.settimeout(HELLO_S)
         try:
             (length,) = LENGTH.unpack(_exactly(connection, LENGTH.size))
-            join = msgspec.msgpack.decode(_exactly(connection, min(length, 4096)), type=Join)
+            if length > JOIN_BYTES:
+                raise LinkClosed(f"a first message of {length} bytes")
+            join = msgspec.msgpack.decode(_exactly(connection, length), type=Join)
         except (OSError, msgspec.DecodeError):
             connection.close()
             return None

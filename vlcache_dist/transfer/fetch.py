@@ -34,6 +34,7 @@ from vlcache_dist.errors import (
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.kv.object_store import Extent, ObjectStore
 from vlcache_dist.transfer.base import PeerInfo, Piece, Transport
+from vlcache_dist.transfer.checksum import matches
 from vlcache_dist.transfer.reader import ExtentReader
 from vlcache_dist.types import ContentKey, ObjectKind, WorkerId
 
@@ -297,7 +298,7 @@ class Fetcher:
 
     async def _verify(self, extent: Extent, expected: bytes | None, worker_id: WorkerId) -> None:
         offset, nbytes = extent.offset * self._layout.itemsize, extent.elements * self._layout.itemsize
-        if expected != await asyncio.to_thread(self._transport.checksum, offset, nbytes):
+        if not matches(await asyncio.to_thread(self._transport.checksum, offset, nbytes), expected):
             raise ChecksumMismatch(f"{nbytes} bytes of {extent.key.hex()[:16]} from {worker_id} arrived damaged")
 
     # -- peers --------------------------------------------------------------------------------------------------
