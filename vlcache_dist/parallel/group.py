@@ -111,7 +111,10 @@ class ShardGroup:
         for side in self.sides:
             side.cut()
         for call in tell:
-            call(lost)
+            try:
+                call(lost)
+            except Exception:
+                log.exception("somebody could not be told of it")
         if self._collective is not None:
             with contextlib.suppress(RuntimeError):  # nothing was under way
                 self._collective.abort()
