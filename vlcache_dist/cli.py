@@ -40,7 +40,12 @@ def serve(
     address: Annotated[str | None, typer.Option(help="join this Ray cluster instead of starting one")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
-    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs that Ray reserves for each worker")] = 0.0,
+    gpus_per_worker: Annotated[
+        float, typer.Option(min=0, help="GPUs that Ray reserves for each worker, or each rank of it")
+    ] = 0.0,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="GPUs that share one language model, in prefill and decode workers")
+    ] = 1,
     reuse: Annotated[str, typer.Option(help="default of requests: approx, exact or off")] = "approx",
     plan: Annotated[
         str, typer.Option(help="default recompute plan: none, uniform:5, pyramid:..., file:plan.json")
@@ -50,13 +55,14 @@ def serve(
     """Start the whole system and serve until Ctrl-C."""
     if address is not None:
         _use_ray_token()
+    from vlcache_dist.assembly import Model
     from vlcache_dist.serve.cluster import running
 
     console = Console(stderr=True)
     settings = _settings(
         config,
         model={"model": model, "device": device, "dtype": dtype},
-        engine={"reuse": reuse, "plan": plan},
+        engine={"reuse": reuse, "plan": plan, "tensor_parallel": tensor_parallel},
         serve={
             "host": host,
             "port": port,
@@ -67,6 +73,9 @@ def serve(
             "gpus_per_worker": gpus_per_worker,
         },
     )
+    with _told(console):
+        if tensor_parallel > 1 and address is None:
+            Model.open(settings)  # a size that does not fit the model is refused here, not by every worker
     with _told(console), running(settings, say=lambda text: console.print(text, style="dim")) as url:
         console.print(f"{settings.model.served_name or model} is served at {url}/v1 (Ctrl-C stops it)")
         signal.pause()

@@ -109,7 +109,9 @@ class ServeSettings(_Section):
     prefills: int = Field(default=2, ge=1)
     decodes: int = Field(default=1, ge=0, description="0: the prefill workers decode as well (colocated)")
     ingresses: int = Field(default=1, ge=1, description="HTTP replicas")
-    gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each worker")
+    gpus_per_worker: float = Field(
+        default=0.0, ge=0, description="GPUs that Ray reserves for each worker, or each rank of it"
+    )
     pool_resources: bool = Field(
         default=False,
         description="each worker asks Ray for one of its pool's own resource (encoder_pool, prefill_pool, "
