@@ -105,7 +105,14 @@ def make_language_worker(
 
     try:
         node = make_node(settings, site, role, model, sharded)
-        engine = build_sharded_engine(group, model.checkpoint, settings.model, settings.engine, node.arena, node.store)
+        engine = build_sharded_engine(
+            group,
+            model.checkpoint,
+            settings.engine,
+            node.arena,
+            node.store,
+            max_model_len=settings.model.max_model_len,
+        )
     except BaseException:
         group.close()
         raise

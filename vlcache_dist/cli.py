@@ -108,7 +108,7 @@ def demo(
 @bench_app.command("ttft")
 def bench_ttft(
     json_file: Annotated[Path, typer.Option("--json", help="where the report goes")],
-    shape: Annotated[str, typer.Option(help="tiny, 3b, 7b or 32b; weights are random")] = "7b",
+    shape: Annotated[str, typer.Option(help="tiny, 3b, 7b, 32b or 72b; weights are random")] = "7b",
     vision_tokens: Annotated[str, typer.Option(help="image sizes, comma-separated")] = "1024,4096,16384",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     plan: Annotated[str, typer.Option(help="recompute plan of warm requests")] = "uniform:2,min=16",

@@ -263,7 +263,7 @@ def _sharded_engine(
     group = ShardGroup(Processes(), settings.tensor_parallel)
     try:
         open_arenas(group, arena.tensor, arena.layout)
-        return build_sharded_engine(group, checkpoint, model, settings, arena, store)
+        return build_sharded_engine(group, checkpoint, settings, arena, store, max_model_len=model.max_model_len)
     except BaseException:
         group.close()
         raise

@@ -94,8 +94,8 @@ class LanguageShard(LanguageModel):
         return self._all_reduce(partial)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """As ``LanguageModel.logits`` on rank 0; elsewhere fp32 [n, 0]: there is no output head."""
-        return super().logits(x) if self.shard.rank == 0 else x.new_empty((len(x), 0), dtype=torch.float32)
+        """As ``LanguageModel.logits`` on rank 0; elsewhere zeros [n, 1] of no meaning: there is no output head."""
+        return super().logits(x) if self.shard.rank == 0 else x.new_zeros((len(x), 1), dtype=torch.float32)
 
     def fill(self, name: str, whole: torch.Tensor) -> None:
         """Take this rank's part of a tensor that the whole model would hold as ``name``."""

@@ -37,6 +37,7 @@ class Collective:
         ConfigError if this build of torch has no NCCL, RuntimeError if the others do not come in time."""
         self.rank, self.size = rank, size
         self._store = store
+        self._abortable = device.type == "cuda"
         self._group: Any = _nccl(store, rank, size) if device.type == "cuda" else _gloo(store, host, rank, size)
         self.all_reduce(torch.zeros(1, device=device))  # NCCL connects at the first use
         if device.type == "cuda":
@@ -53,8 +54,10 @@ class Collective:
         return x
 
     def abort(self) -> None:
-        """End collectives under way with an error, here and, as far as the library can, elsewhere. Any thread."""
-        self._group.abort()
+        """Leave the others, and end what is under way with an error. Any thread; idempotent. Over gloo there is
+        nothing to do: it sees the closed connections of ranks that have ended."""
+        if self._abortable:
+            self._group.abort()
 
 
 def _gloo(store: dist.Store, host: str, rank: int, size: int) -> Any:

@@ -50,7 +50,11 @@ def follow(
         side = FollowerSide(link, on_leader_lost)
         side.start()
         try:
-            _Follower(invitation, steps, side, make_transport, load or from_checkpoint).run()
+            follower = _Follower(invitation, steps, side, make_transport, load or from_checkpoint)
+            try:
+                follower.run()
+            finally:
+                follower.close()
         finally:
             side.close()
     finally:
@@ -98,6 +102,11 @@ class _Follower:
             self._steps.send(p.Failed(code, f"rank {self._rank}: {text}"))
             self._side.last_word(f"rank {self._rank}: {text}")
             raise
+
+    def close(self) -> None:
+        """Leave the collectives."""
+        if self._collective is not None:
+            self._collective.abort()
 
     def _do(self, command: Any) -> p.Reply | None:
         match command:
@@ -153,7 +162,7 @@ class _Follower:
     def _allocate(self, command: p.Allocate) -> None:
         assert self._model is not None
         pages = allocate_pages(self._arena.layout, command.num_blocks, command.block_size, self._device)
-        self._runner = Runner(self._model, pages, self._arena, graphs=False)
+        self._runner = Runner(self._model, pages, self._arena, graphs=command.graphs)
 
 
 def _staging(offset: int, elements: int) -> Extent:

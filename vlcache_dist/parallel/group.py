@@ -116,8 +116,7 @@ class ShardGroup:
             except Exception:
                 log.exception("somebody could not be told of it")
         if self._collective is not None:
-            with contextlib.suppress(RuntimeError):  # nothing was under way
-                self._collective.abort()
+            self._collective.abort()
         return lost
 
     def close(self) -> None:
@@ -132,6 +131,8 @@ class ShardGroup:
             if not handle.wait(max(0.0, end - time.monotonic())):
                 handle.kill()
                 handle.wait(END_S)
+        if self._collective is not None:
+            self._collective.abort()
         if self._watch.is_alive() and self._watch is not threading.current_thread():
             self._watch.join()
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
+from vlcache_dist.errors import ConfigError
 from vlcache_dist.parallel.link import Invitation
 
 COMMAND = (sys.executable, "-m", "vlcache_dist.parallel.follower")
@@ -49,6 +50,12 @@ class Processes:
         return _Process(self._command, invitation)
 
     def device(self, rank: int, leader: str) -> str:
-        """The GPUs behind the leader's, in order."""
+        """The GPUs behind the leader's, in order, and from the first on behind the last. Raises ConfigError if there
+        are too few."""
         device = torch.device(leader)
-        return leader if device.type == "cpu" else f"cuda:{(device.index or 0) + rank}"
+        if device.type == "cpu":
+            return leader
+        count = torch.cuda.device_count()
+        if rank >= count:
+            raise ConfigError(f"engine.tensor_parallel: rank {rank} finds no GPU of its own among the {count} here")
+        return f"cuda:{((device.index or 0) + rank) % count}"

@@ -40,10 +40,11 @@ class Load(Command, frozen=True):
 
 
 class Allocate(Command, frozen=True):
-    """Make the pages. Answered with ``Ok``."""
+    """Make the pages and the runner over them, with or without CUDA graphs. Answered with ``Ok``."""
 
     num_blocks: int
     block_size: int
+    graphs: bool
 
 
 class Launch(Command, frozen=True):

@@ -36,14 +36,16 @@ class ShardedPass(Pass):
 
 
 class ShardedRunner(Runner):
-    """Rank 0's. ``pages`` and ``arena`` are this rank's shard; the followers make theirs alike. Passes are launched
-    kernel by kernel. Every method raises WorkerLost once a rank is lost."""
+    """Rank 0's. ``pages`` and ``arena`` are this rank's shard; the followers make theirs alike. ``graphs``: every rank
+    captures the same passes at the same steps, the sums in them. Every method raises WorkerLost once a rank is lost."""
 
-    def __init__(self, model: LanguageShard, pages: torch.Tensor, arena: Arena, group: ShardGroup) -> None:
+    def __init__(
+        self, model: LanguageShard, pages: torch.Tensor, arena: Arena, group: ShardGroup, *, graphs: bool = False
+    ) -> None:
         """Have the followers make their pages. Raises WorkerLost, or what a follower failed with."""
-        super().__init__(model, pages, arena, graphs=False)
+        super().__init__(model, pages, arena, graphs=graphs)
         self._group = group
-        group.post(p.Allocate(pages.shape[2], pages.shape[3]))
+        group.post(p.Allocate(pages.shape[2], pages.shape[3], graphs))
         group.confirm(p.Ok)
 
     def launch(self, step: StepBatch, params: Sequence[SamplingParams], draws: Sequence[int]) -> Pass:
