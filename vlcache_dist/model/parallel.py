@@ -8,6 +8,7 @@ and down projections by columns, whose partial products are summed over the rank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,11 @@ class Shard:
         if name.endswith(COLUMNS):
             return (whole[0], self._run(shape[1]))
         return whole
+
+    def elements(self, name: str, shape: tuple[int, ...]) -> int:
+        """How many elements of it that is."""
+        split = name.endswith(ROWS) or name.endswith(COLUMNS)
+        return math.prod(shape) // (self.size if split else 1)
 
     def _run(self, count: int) -> slice:
         each = count // self.size
