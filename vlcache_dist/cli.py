@@ -63,7 +63,6 @@ def serve(
     """Start the whole system and serve until Ctrl-C."""
     if address is not None:
         _use_ray_token()
-    from vlcache_dist.assembly import Model
     from vlcache_dist.serve.cluster import running
 
     console = Console(stderr=True)
@@ -82,9 +81,6 @@ def serve(
             **_keys(api_keys),
         },
     )
-    with _told(console):
-        if tensor_parallel > 1 and address is None:
-            Model.open(settings)  # a size that does not fit the model is refused here, not by every worker
     with _told(console), running(settings, say=lambda text: console.print(text, style="dim")) as url:
         console.print(f"{settings.model.served_name or model} is served at {url}/v1 (Ctrl-C stops it)")
         signal.pause()

@@ -157,6 +157,12 @@ class Settings(_Section):
     media: MediaSettings = MediaSettings()
     serve: ServeSettings = ServeSettings()
 
+    @model_validator(mode="after")
+    def _ranks(self) -> Self:
+        if self.engine.tensor_parallel > 1 and 0 < self.serve.gpus_per_worker < 1:
+            raise ValueError("serve.gpus_per_worker must be 1 with engine.tensor_parallel: ranks cannot share a GPU")
+        return self
+
     @classmethod
     def read(cls, path: str | Path | None = None, **overrides: Any) -> Settings:
         """Settings from a JSON or YAML file (``.json``, ``.yaml``, ``.yml``), then ``overrides``, nested mappings
