@@ -26,6 +26,8 @@ from vlcache_dist.parallel.runner import ShardedRunner
 sys.path.append(str(Path(__file__).parents[1] / "engine"))
 from engine_cases import World, model_config, random_model
 
+CONFIG = model_config(heads=8, kv_heads=4)
+
 
 def shard_of(whole: LanguageModel, config: ModelConfig, shard: Shard, collective: Collective) -> LanguageShard:
     model = LanguageShard(
@@ -59,7 +61,7 @@ class Sharded:
 def sharded_world(
     size: int, monkeypatch: Any, *, seed: int = 0, config: ModelConfig | None = None, **options: Any
 ) -> Iterator[Sharded]:
-    config = config or model_config(heads=8, kv_heads=4)
+    config = config or CONFIG
     whole = random_model(config, seed)
     pages: dict[int, torch.Tensor] = {}
     arenas: dict[int, Arena] = {}
@@ -70,6 +72,7 @@ def sharded_world(
 
     def arena(layout: KVLayout, *about: Any) -> Arena:
         arenas[layout.tp_rank] = made = Arena(layout, *about)
+        made.tensor.fill_(float("nan"))  # whatever is read before it is written shows
         return made
 
     original_pages = follower.allocate_pages

@@ -5,12 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
-from sharded_world import World, model_config, sharded_world
+from sharded_world import CONFIG, World, sharded_world
 
 from vlcache_dist.engine.api import Import, Mode
 from vlcache_dist.types import ObjectKind
-
-CONFIG = model_config(heads=8, kv_heads=4)
 
 
 @pytest.mark.parametrize("size", [2, 4])
