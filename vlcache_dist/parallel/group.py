@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 from vlcache_dist.errors import EngineError, VLCacheError, WorkerLost, from_code
 from vlcache_dist.parallel import protocol as p
 from vlcache_dist.parallel.collective import Collective
-from vlcache_dist.parallel.link import Doorway, Invitation, Link, LinkClosed
+from vlcache_dist.parallel.link import Doorway, Invitation, Link, LinkClosed, frame
 from vlcache_dist.parallel.side import SILENCE_S, LeaderSide
 
 log = logging.getLogger(__name__)
@@ -189,9 +189,10 @@ class ShardGroup:
         """Tell all followers. Raises WorkerLost."""
         if self._lost is not None:
             raise self._lost
+        encoded = frame(command)
         try:
             for link in self._steps:
-                link.send(command)
+                link.send_frame(encoded)
         except LinkClosed as error:
             raise self.break_up(f"a shard is gone: {error}") from error
 

@@ -60,11 +60,13 @@ class Link:
 
     def send(self, message: Any) -> None:
         """Raises LinkClosed."""
-        body = msgspec.msgpack.encode(message, enc_hook=_from_array)
+        self.send_frame(frame(message))
+
+    def send_frame(self, encoded: bytearray) -> None:
+        """What ``frame`` made of a message. Raises LinkClosed."""
         try:
             with self._sending:
-                self._socket.sendall(LENGTH.pack(len(body)))
-                self._socket.sendall(body)
+                self._socket.sendall(encoded)
         except OSError as error:
             raise LinkClosed(str(error)) from error
 
@@ -112,6 +114,14 @@ class Link:
             if not readable:
                 raise TimeoutError
         return self._socket.recv_into(view)
+
+
+def frame(message: Any) -> bytearray:
+    """A message as it travels: its length and its MessagePack, arrays as (dtype, shape, bytes)."""
+    encoded = bytearray(LENGTH.size)
+    msgspec.msgpack.Encoder(enc_hook=_from_array).encode_into(message, encoded, LENGTH.size)
+    LENGTH.pack_into(encoded, 0, len(encoded) - LENGTH.size)
+    return encoded
 
 
 class Doorway:
@@ -173,7 +183,8 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 
 def _from_array(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return value.dtype.str, value.shape, np.ascontiguousarray(value).tobytes()
+        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+        return value.dtype.str, value.shape, data if value.size else b""
     raise NotImplementedError(f"{type(value).__name__} does not travel")
 
 
