@@ -50,8 +50,9 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
             say(f"starting {own.encoders} encoder, {own.prefills} prefill and {own.decodes} decode workers")
             if own.address is None:  # a cluster that was joined may grow
                 require_room(own, _node_resources(), settings.engine.tensor_parallel)
-            serve.start(http_options={"host": own.host, "port": port}, logging_config={"enable_access_log": False})
-            target = serve.RunTarget(target=build(settings.model_dump(mode="json")), name=own.app_name)
+            serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+            listening = settings.model_copy(update={"serve": own.model_copy(update={"direct": True, "port": port})})
+            target = serve.RunTarget(target=build(listening.model_dump(mode="json")), name=own.app_name)
             serve.run_many([target], wait_for_applications_running=False)
             url = f"http://{'127.0.0.1' if own.host in ('0.0.0.0', '::') else own.host}:{port}"
             wait_until_ready(
