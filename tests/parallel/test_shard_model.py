@@ -15,7 +15,7 @@ from vlcache_dist.errors import ConfigError
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.model.parallel import LanguageShard, Shard, load_shard, shard_config
 from vlcache_dist.model.weights import Checkpoint
-from vlcache_dist.transfer.checksum import matches
+from vlcache_dist.transfer.fetch import checksums_agree
 
 
 def unused(x: torch.Tensor) -> torch.Tensor:
@@ -79,11 +79,11 @@ def test_a_difference_in_tensor_parallel_size_is_named_and_encoders_have_none() 
 
 def test_every_shards_checksum_counts() -> None:
     a, b = b"a" * 16, b"b" * 16
-    assert matches(a, a) and matches(a + b, a + b)
-    assert matches(a + a, a), "encoder output, announced by a holder that has it in one piece"
+    assert checksums_agree(a, a) and checksums_agree(a + b, a + b)
+    assert checksums_agree(a + a, a), "encoder output, announced by a holder that has it in one piece"
     for announced in (a, b, b + a, a + b + a, b"", None):
-        assert not matches(a + b, announced)
-    assert not matches(a, a + b)
+        assert not checksums_agree(a + b, announced)
+    assert not checksums_agree(a, a + b)
 
 
 def _rank(layout: KVLayout, rank: int) -> KVLayout:

@@ -12,9 +12,3 @@ def checksum(arena: torch.Tensor, offset: int, nbytes: int) -> bytes:
     """BLAKE3 of bytes [offset, offset + nbytes) of a 1-D arena. Device memory is copied to the host first."""
     part = arena.view(torch.uint8)[offset : offset + nbytes]
     return blake3(part.cpu().numpy().data).digest(CHECKSUM_BYTES)
-
-
-def matches(found: bytes, announced: bytes | None) -> bool:
-    """Whether a reader's checksums, one per shard, are the announced ones. What a holder keeps in one piece, encoder
-    output, is the same in every shard: then each must be the one that was announced."""
-    return announced is not None and found == announced * (len(found) // max(1, len(announced)))
