@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ class Counting:
         self.pending = 0
         self.thread: int | None = None
         self.fail = False
+        self.chores = 2
         self.runner = self  # as far as the bridge needs one
         self.lose: Callable[[BaseException], None] = lambda error: None
         self.closed = False
@@ -35,6 +37,10 @@ class Counting:
 
     def has_work(self) -> bool:
         return self.pending > 0
+
+    def idle(self) -> bool:
+        self.chores -= 1
+        return self.chores > 0
 
     def step(self, now: float) -> list[Any]:
         self.thread = threading.get_ident()
@@ -72,6 +78,17 @@ def test_calls_run_in_the_engines_thread_and_return_or_raise(counting: Counting)
     assert not driver.healthy
     with pytest.raises(WorkerLost):
         driver.call(lambda engine: None).result(5)
+
+
+def test_an_idle_driver_does_its_chores_once_and_sleeps(counting: Counting) -> None:
+    driver = EngineDriver(counting, lambda event: None, lambda error: None)
+    driver.start()
+    deadline = time.monotonic() + 10
+    while counting.chores > 0 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert driver.call(lambda engine: engine.chores).result(10) == 0
+    driver.close()
+    assert counting.chores <= 0, "and once more when the call had been served"
 
 
 def test_a_step_that_dies_fails_everybody_who_waits(counting: Counting) -> None:

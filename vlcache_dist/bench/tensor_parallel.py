@@ -228,7 +228,7 @@ def check(ranks: int, shape: str, device: str, plan: str) -> dict[str, Any]:
 
 def _answer(bench: Bench, image: Any) -> list[TokenLogprobs]:
     sampling = SamplingParams(max_tokens=CHECK_ANSWER, ignore_eos=True, logprobs=1)
-    generation = msgspec.structs.replace(bench._generation(image), sampling=sampling)
+    generation = msgspec.structs.replace(bench._generation([image]), sampling=sampling)
     embedding = bench.store.lookup(ObjectKind.EMBEDDING, image.key, pin=True)
     if embedding is None:
         raise RuntimeError("the image is not in the store")

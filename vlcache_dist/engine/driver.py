@@ -27,6 +27,8 @@ class SteppingEngine(Protocol):
 
     def step(self, now: float) -> list[Any]: ...
 
+    def idle(self) -> bool: ...
+
 
 class EngineDriver:
     """Owns ``engine`` from ``start`` to ``close``.
@@ -105,10 +107,16 @@ class EngineDriver:
             self.fail(error)
 
     def _wait_for_work(self) -> bool:
-        with self._wake:
-            while not self._over and not self._calls and not self.engine.has_work():
-                self._wake.wait()
-            return not self._over
+        """Idle, then sleep, until there is a call or work; False when closing."""
+        prepared = False
+        while True:
+            with self._wake:
+                if self._over or self._calls or self.engine.has_work():
+                    return not self._over
+                if prepared:
+                    self._wake.wait()
+                    continue
+            prepared = not self.engine.idle()
 
     @property
     def _over(self) -> bool:

@@ -112,6 +112,10 @@ class _Follower:
         match command:
             case p.Launch():
                 self._runner.launch(command.step, (), ())
+            case p.PrepareDecode():
+                self._runner.prepare_decode(command.max_batch, command.max_keys)
+            case p.Prepare():
+                self._runner.prepare()
             case p.Scatter():
                 self._runner.scatter(command.src, command.span_tokens, command.slots, command.positions)
             case p.Pack():

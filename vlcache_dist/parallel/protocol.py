@@ -53,6 +53,17 @@ class Launch(Command, frozen=True):
     step: StepBatch
 
 
+class PrepareDecode(Command, frozen=True):
+    """``Runner.prepare_decode``."""
+
+    max_batch: int
+    max_keys: int
+
+
+class Prepare(Command, frozen=True):
+    """``Runner.prepare``: the ranks have seen the same shapes, and capture the same one."""
+
+
 class Scatter(Command, frozen=True):
     """``Runner.scatter``."""
 
@@ -98,7 +109,20 @@ class Synchronize(Command, frozen=True):
     """Answered with ``Ok`` when the follower's device has done everything before this."""
 
 
-COMMANDS = Open | Load | Allocate | Launch | Scatter | Pack | Unpack | StoreEmbeddings | Compare | Synchronize
+COMMANDS = (
+    Open
+    | Load
+    | Allocate
+    | Launch
+    | PrepareDecode
+    | Prepare
+    | Scatter
+    | Pack
+    | Unpack
+    | StoreEmbeddings
+    | Compare
+    | Synchronize
+)
 
 
 class Reply(msgspec.Struct, frozen=True, tag=True):

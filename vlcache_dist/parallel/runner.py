@@ -54,6 +54,21 @@ class ShardedRunner(Runner):
             self._group.post(p.Launch(step))
             return ShardedPass(super().launch(step, params, draws), self._group)
 
+    def prepare_decode(self, max_batch: int, max_keys: int) -> None:
+        """See ``Runner.prepare_decode``."""
+        if self._graphs is not None:
+            with self._group.in_step():
+                self._group.post(p.PrepareDecode(max_batch, max_keys))
+                super().prepare_decode(max_batch, max_keys)
+
+    def prepare(self) -> bool:
+        """See ``Runner.prepare``."""
+        if self._graphs is None:
+            return False
+        with self._group.in_step():
+            self._group.post(p.Prepare())
+            return super().prepare()
+
     def pack(self, slots: np.ndarray, staging: Extent) -> None:
         """See ``Runner.pack``."""
         with self._group.in_step():

@@ -19,7 +19,7 @@ from vlcache_dist.errors import ConfigError
 from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
 from vlcache_dist.serve.app import build
 from vlcache_dist.serve.auth import require_keys
-from vlcache_dist.serve.readiness import require_room, wait_until_ready
+from vlcache_dist.serve.readiness import check_reachable, require_room, wait_until_ready
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _start_ray(settings: Settings) -> int:
         # "local": a cluster that somebody else runs on this machine is not to be joined unasked.
         ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
         return port
-    _check_reachable(own.address)
+    check_reachable(own.address)
     try:
         ray.init(address=own.address, **quiet)  # type: ignore[arg-type]
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -120,17 +120,6 @@ def _stop(settings: Settings) -> None:
         shutdown_directory(own.app_name, own.directory_shards)
     finally:
         ray.shutdown()
-
-
-def _check_reachable(address: str) -> None:
-    """Raises ConfigError at once, where Ray would try for more than a minute."""
-    host, colon, port = address.rpartition(":")
-    if not colon or "://" in address or not port.isdigit():
-        return  # "auto" and the like are Ray's to resolve
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
-    except OSError as error:
-        raise ConfigError(f"nothing answers at {address}, where the Ray cluster should be: {error}") from error
 
 
 def _free_port(host: str) -> int:
