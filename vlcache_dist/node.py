@@ -145,9 +145,7 @@ class Node(FrontNode):
         self.store = store
         self.transport = make_transport(self.worker_id)
         self._holder = HolderService(store, arena.tensor, self.transport)
-        self._fetcher = Fetcher(
-            store, arena.tensor, self.layout, self.transport, self.client.call, limits or FetchLimits()
-        )
+        self._fetcher = Fetcher(store, self.layout, self.transport, self.client.call, limits or FetchLimits())
         self._load: Callable[[], wire.WorkerLoad] = wire.WorkerLoad
         self._status: Callable[[], Any] = dict
         self._health: Callable[[], bool] = lambda: True
@@ -347,6 +345,9 @@ class Node(FrontNode):
                     if extent.meta is not None:
                         self._directory.retract(extent.key, extent.kind, extent.variant)
                 self._meet_peers()
+                if not self.healthy and not self._draining:
+                    log.error("%s is not healthy, and takes no more requests", self.worker_id)
+                    self._draining = self._directory.draining = True
             except Exception:
                 log.exception("housekeeping of %s failed", self.worker_id)
 

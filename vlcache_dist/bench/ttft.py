@@ -23,9 +23,10 @@ from vlcache_dist.config import EngineSettings
 from vlcache_dist.engine.api import Admitted, Compute, Failed, PrefillDone, Reuse, TokenEvent
 from vlcache_dist.engine.batch import StepBatch
 from vlcache_dist.engine.build import build_engine, build_store, kv_layout
-from vlcache_dist.engine.engine import new_variant
+from vlcache_dist.engine.engine import Engine, new_variant
 from vlcache_dist.kernels import backends
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
+from vlcache_dist.model.vision import VisionTower
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.types import MediaSpan, ObjectKind, ReuseMode, SamplingParams
 from vlcache_dist.wire import Generation
@@ -48,6 +49,8 @@ class _Image:
 class Bench:
     """One model with random weights and everything a request needs, on one device."""
 
+    ranks = 1  #: that share the language model
+
     def __init__(
         self, shape: str, device: str, max_vision_tokens: int, plan: str, *, layers: int | None = None
     ) -> None:
@@ -55,8 +58,7 @@ class Bench:
         dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.config = model_config(shape, layers)
         self.plan = Plan.parse(plan)
-        self.layout = kv_layout(self.config, f"random {shape}", dtype)
-        language, self.tower = random_models(self.config, self.device, getattr(torch, dtype))
+        self.layout = kv_layout(self.config, f"random {shape}", dtype, self.ranks)
         token_bytes = (self.layout.kv_token + self.layout.hidden) * self.layout.itemsize
         decode_tokens = max(DECODE_BATCHES) * (DECODE_CONTEXT + 512) if self.device.type == "cuda" else 0
         blocks = max(max_vision_tokens + 4096, decode_tokens) * self.layout.kv_token * self.layout.itemsize
@@ -67,7 +69,7 @@ class Bench:
         )
         self.arena, self.store = build_store(self.layout, settings, self.device)
         limit = max(self.config.text.max_position_embeddings, max_vision_tokens + 2048)
-        self.engine = build_engine(language, self.config, settings, self.arena, self.store, max_model_len=limit)
+        self.engine, self.tower = self._build(settings, limit)
         self.text_tokens = TEXT_TOKENS
         self.rng = np.random.default_rng(0)
         self._requests = 0
@@ -204,6 +206,11 @@ class Bench:
         return 2 * source.nbytes / median(copy, 10) / 1e6
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _build(self, settings: EngineSettings, limit: int) -> tuple[Engine, VisionTower]:
+        language, tower = random_models(self.config, self.device, self.arena.tensor.dtype)
+        engine = build_engine(language, self.config, settings, self.arena, self.store, max_model_len=limit)
+        return engine, tower
 
     def _generation(self, images: Sequence[_Image]) -> Generation:
         """A request with its own text: half of it in front of the images, half behind, a token between two of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.kv.object_store import ObjectStore
 from vlcache_dist.model.config import ModelConfig
 from vlcache_dist.model.language import LanguageModel
+from vlcache_dist.model.parallel import shard_config
 
 CPU_KV_BYTES = 256 << 20
 CPU_STORE_BYTES = 256 << 20
@@ -44,25 +46,30 @@ class Placement:
         return cls(device, "bfloat16" if device.type == "cuda" else "float32")
 
 
-def kv_layout(config: ModelConfig, fingerprint: str, dtype: str) -> KVLayout:
-    """The shape of this model's KV and embeddings; ``fingerprint`` names its weights."""
-    text = config.text
-    return KVLayout(text.num_layers, text.num_kv_heads, text.head_dim, text.hidden_size, dtype, fingerprint)
+def kv_layout(config: ModelConfig, fingerprint: str, dtype: str, tp_size: int = 1) -> KVLayout:
+    """The shape of this model's KV and embeddings, or of its first of ``tp_size`` shards; ``fingerprint`` names its
+    weights. Raises ConfigError if the model cannot be dealt out so."""
+    text = shard_config(config.text, tp_size)
+    return KVLayout(
+        text.num_layers, text.num_kv_heads, text.head_dim, text.hidden_size, dtype, fingerprint, tp_size=tp_size
+    )
+
+
+def arena_bytes(settings: EngineSettings, device: torch.device) -> int:
+    """Of the object store: as given, else a share of the memory that is free on the device now."""
+    if settings.store_bytes is not None:
+        return settings.store_bytes
+    return CPU_STORE_BYTES if device.type == "cpu" else int(free_bytes(device) * settings.store_fraction)
 
 
 def build_store(layout: KVLayout, settings: EngineSettings, device: torch.device) -> tuple[Arena, ObjectStore]:
-    """The arena for image KV, encoder output and staging, and its book: of the bytes given, or a share of the device's
-    free memory. Raises ConfigError if it is too small."""
-    arena_bytes = settings.store_bytes
-    if arena_bytes is None and device.type == "cpu":
-        arena_bytes = CPU_STORE_BYTES
-    if arena_bytes is None:
-        arena_bytes = int(free_bytes(device) * settings.store_fraction)
+    """The arena for image KV, encoder output and staging, and its book: of ``arena_bytes``. Raises ConfigError if it is
+    too small."""
     plan = plan_memory(
         layout,
         settings.block_size,
         pages_bytes=layout.kv_token * settings.block_size * layout.itemsize,
-        arena_bytes=arena_bytes,
+        arena_bytes=arena_bytes(settings, device),
     )
     arena = Arena(layout, plan.arena_elements, device)
     return arena, ObjectStore(plan.arena_elements, alignment=arena.alignment)
@@ -76,10 +83,12 @@ def build_engine(
     store: ObjectStore,
     *,
     max_model_len: int | None = None,
+    make_runner: Callable[[LanguageModel, torch.Tensor, Arena], Runner] = Runner,
 ) -> Engine:
     """An engine on the model's device that shares ``arena`` and ``store``. The arena comes first: pages take a share of
     the memory that is free after it. Blocks are of ``settings.block_size`` tokens or, on CUDA, of as many more as the
-    attention backend wants. Raises ConfigError if memory holds no block."""
+    attention backend wants. ``make_runner``: from model, pages and arena. Raises ConfigError if memory holds no
+    block."""
     layout = arena.layout
     pages_bytes = settings.kv_bytes
     if pages_bytes is None and model.device.type == "cpu":
@@ -100,6 +109,6 @@ def build_engine(
             max_model_len=limit if max_model_len is None else min(limit, max_model_len),
         ),
         config,
-        Runner(model, pages, arena),
+        make_runner(model, pages, arena),
         store,
     )
