@@ -50,19 +50,20 @@ def kv_layout(config: ModelConfig, fingerprint: str, dtype: str) -> KVLayout:
     return KVLayout(text.num_layers, text.num_kv_heads, text.head_dim, text.hidden_size, dtype, fingerprint)
 
 
+def store_bytes(settings: EngineSettings, device: torch.device) -> int:
+    """The arena's size: as given, or a share of the device's free memory, to be asked before weights are loaded."""
+    if settings.store_bytes is not None:
+        return settings.store_bytes
+    return CPU_STORE_BYTES if device.type == "cpu" else int(free_bytes(device) * settings.store_fraction)
+
+
 def build_store(layout: KVLayout, settings: EngineSettings, device: torch.device) -> tuple[Arena, ObjectStore]:
-    """The arena for image KV, encoder output and staging, and its book: of the bytes given, or a share of the device's
-    free memory. Raises ConfigError if it is too small."""
-    arena_bytes = settings.store_bytes
-    if arena_bytes is None and device.type == "cpu":
-        arena_bytes = CPU_STORE_BYTES
-    if arena_bytes is None:
-        arena_bytes = int(free_bytes(device) * settings.store_fraction)
+    """The arena for image KV, encoder output and staging, and its book. Raises ConfigError if it is too small."""
     plan = plan_memory(
         layout,
         settings.block_size,
         pages_bytes=layout.kv_token * settings.block_size * layout.itemsize,
-        arena_bytes=arena_bytes,
+        arena_bytes=store_bytes(settings, device),
     )
     arena = Arena(layout, plan.arena_elements, device)
     return arena, ObjectStore(plan.arena_elements, alignment=arena.alignment)
