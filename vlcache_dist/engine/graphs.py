@@ -32,6 +32,7 @@ from vlcache_dist.model.upload import FixedInputs
 log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, 1025, 32), *range(1152, 2049, 128))
+SAMPLES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  #: multiples of few, to be captured ahead
 MAX_GRAPHS = 192
 LEAST_KEYS = 2048  #: and more than any padding
 LEAST_NEAR_KEYS = 256
@@ -121,7 +122,7 @@ def shape_for(step: StepBatch) -> Shape | None:
         return None
     if any(n != rows for n in step.rows_kv) or any(n != rows for n in step.rows_q[:-1]):
         return None
-    padded_samples = _at_least(samples, ROWS)
+    padded_samples = _at_least(samples, SAMPLES)
     if padded_samples is None:
         return None
     far, near = step.far_rows - samples, rows - step.far_rows
@@ -223,11 +224,11 @@ def fill_padding(shape: Shape, into: PaddedStep) -> None:
 def decode_shapes(max_batch: int, max_keys: int) -> list[Shape]:
     """The shapes of decode steps of up to ``max_batch`` sequences of up to ``max_keys`` tokens."""
     bounds = [LEAST_KEYS << i for i in range(_power_of_two(-(-max_keys // LEAST_KEYS)).bit_length())]
-    last = _at_least(min(max_batch, ROWS[-1]), ROWS)
+    last = _at_least(min(max_batch, SAMPLES[-1]), SAMPLES)
     return [
         Shape(rows, rows, 0, 0, 1, keys, 0, 0, 0, scatter=0, recording=False)
         for keys in bounds
-        for rows in ROWS
+        for rows in SAMPLES
         if last is not None and rows <= last
     ]
 
