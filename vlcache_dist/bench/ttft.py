@@ -25,6 +25,7 @@ from vlcache_dist.engine.batch import StepBatch
 from vlcache_dist.engine.build import build_engine, build_store, kv_layout
 from vlcache_dist.engine.engine import Engine, new_variant
 from vlcache_dist.kernels import backends
+from vlcache_dist.kernels.backends import Auto
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
 from vlcache_dist.model.vision import VisionTower
 from vlcache_dist.reuse.plan import Plan
@@ -347,7 +348,9 @@ def run(
         "shape": shape,
         "plan": plan,
         "runs": runs,
-        "attention": type(attention).__name__,
+        "attention": [
+            b.name for b in ((attention.few, attention.many) if isinstance(attention, Auto) else (attention,))
+        ],
         "rows": rows,
     }
     if device.startswith("cuda"):
