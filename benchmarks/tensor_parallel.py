@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from vlcache_dist.bench.tensor_parallel import READ_BYTES, run
 
@@ -28,7 +29,12 @@ if __name__ == "__main__":
     parser.add_argument("--read-bytes", type=int, nargs="+", default=READ_BYTES, help="of one shard, multiples of 256")
     parser.add_argument("--json", type=Path, required=True, help="write the report here")
     options = parser.parse_args()
-    report = run(
+
+    def save(report: dict[str, Any]) -> None:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(json.dumps(dict([list(report.items())[-1]])), flush=True)
+
+    run(
         options.shape,
         options.device,
         options.ranks,
@@ -38,7 +44,5 @@ if __name__ == "__main__":
         options.batches,
         options.graphs,
         options.read_bytes,
-        say=lambda part: print(part, flush=True),
+        save,
     )
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))

@@ -389,6 +389,7 @@ class Node(FrontNode):
             "healthy": self.healthy,
             "draining": self._draining,
             "device": str(self.arena.tensor.device),
+            "tensor_parallel": self.layout.tp_size,
             "store": {name: getattr(stats, name) for name in stats.__slots__},
             "store_itemsize": self.layout.itemsize,
             "store_bytes": self.arena.tensor.nbytes,

@@ -7,7 +7,7 @@ check        a few layers on one rank and on several: largest deviation of the r
              largest magnitude, how many greedy tokens agree before the first that differs, and the largest deviation of
              their logprobs
 all_reduce   the median time of a sum of ``rows`` hidden states over all ranks, in microseconds
-engines      per number of ranks: cold and warm TTFT and decode steps, as ``bench ttft`` measures them
+engine_N     on N ranks: cold and warm TTFT and decode steps, as ``bench ttft`` measures them
 transfer     between two workers of as many ranks on the same GPUs, the second's ranks on them in another order, so that
              every shard crosses between GPUs: one READ of ``bytes`` per shard, all shards together in 10^9 bytes/s
 
@@ -17,6 +17,7 @@ transfer     between two workers of as many ranks on the same GPUs, the second's
 from __future__ import annotations
 
 import base64
+import gc
 import logging
 import statistics
 import subprocess
@@ -379,34 +380,39 @@ def run(
     batches: Sequence[int],
     graphs: bool = False,
     read_bytes: Sequence[int] = READ_BYTES,
-    say: Callable[[str], None] = log.info,
+    save: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """The report. ``device``: ``cpu`` or the first GPU, ``cuda:0``. ``ranks``: sizes to measure engines with; the
-    largest one is checked, summed over and read with. ``graphs``: measure sharded engines with CUDA graphs as well."""
+    largest one is checked, summed over and read with. ``graphs``: measure sharded engines with CUDA graphs as well.
+    ``save`` gets the report after every part."""
     most = max(ranks)
     parts: dict[str, Callable[[], Any]] = {}
     if most > 1:
         parts |= {
             "check": lambda: check(most, shape, device, plan),
             "all_reduce": lambda: reduce_figures(most, shape, device),
-            "transfer": lambda: transfer_figures(most, device, read_bytes),
         }
-    engines: list[tuple[str, int, dict[str, bool]]] = [(f"engine-{size}", size, {}) for size in ranks]
-    if graphs:
-        engines += [(f"engine-{size}-graphs", size, {"graphs": True}) for size in ranks if size > 1]
-    for name, size, options in engines:
-        parts[name] = lambda size=size, options=options: engine_figures(  # type: ignore[misc]
-            size, shape, device, vision_tokens, plan, runs, batches, **options
+    for size in ranks:
+        parts[f"engine_{size}"] = lambda size=size: engine_figures(  # type: ignore[misc]
+            size, shape, device, vision_tokens, plan, runs, batches
+        )
+    if most > 1:
+        parts["transfer"] = lambda: transfer_figures(most, device, read_bytes)
+    if most > 1 and graphs:
+        parts[f"engine_{most}_graphs"] = lambda: engine_figures(
+            most, shape, device, vision_tokens, plan, runs, batches, graphs=True
         )
     report: dict[str, Any] = {"machine": machine(device), "shape": shape, "plan": plan, "runs": runs}
     for name, measure in parts.items():
-        say(name)
         try:
             report[name] = measure()
         except Exception as error:
             log.exception("%s", name)
             report[name] = {"error": f"{type(error).__name__}: {error}"}
-    report["engines"] = [report.pop(name) for name, _, _ in engines]
+        save(report)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # other processes of the next part want it
     return report
 
 

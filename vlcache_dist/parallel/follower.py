@@ -104,7 +104,8 @@ class _Follower:
             raise
 
     def close(self) -> None:
-        """Leave the collectives."""
+        """Leave the collectives, and before that the graphs that captured some."""
+        self.__dict__.pop("_runner", None)
         if self._collective is not None:
             self._collective.abort()
 

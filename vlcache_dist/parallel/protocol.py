@@ -9,12 +9,20 @@ all arenas are laid out alike.
 
 from __future__ import annotations
 
+import functools
+import operator
+from typing import Any
+
 import msgspec
 import numpy as np
 
 from vlcache_dist.engine.batch import StepBatch
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.transfer.base import PeerInfo, Piece
+
+
+def _any_of(base: type) -> Any:
+    return functools.reduce(operator.or_, base.__subclasses__())
 
 
 class Command(msgspec.Struct, frozen=True, tag=True):
@@ -109,20 +117,7 @@ class Synchronize(Command, frozen=True):
     """Answered with ``Ok`` when the follower's device has done everything before this."""
 
 
-COMMANDS = (
-    Open
-    | Load
-    | Allocate
-    | Launch
-    | PrepareDecode
-    | Prepare
-    | Scatter
-    | Pack
-    | Unpack
-    | StoreEmbeddings
-    | Compare
-    | Synchronize
-)
+COMMANDS: Any = _any_of(Command)
 
 
 class Reply(msgspec.Struct, frozen=True, tag=True):
@@ -150,7 +145,7 @@ class Failed(Reply, frozen=True):
     message: str
 
 
-REPLIES = Opened | Loaded | Ok | Failed
+REPLIES: Any = _any_of(Reply)
 
 
 class SideCommand(msgspec.Struct, frozen=True, tag=True):
@@ -188,7 +183,7 @@ class Digest(SideCommand, frozen=True):
     nbytes: int
 
 
-SIDE_COMMANDS = Connect | Disconnect | Read | Attend | Digest
+SIDE_COMMANDS: Any = _any_of(SideCommand)
 
 
 class SideReply(msgspec.Struct, frozen=True, tag=True):
@@ -220,6 +215,6 @@ class LastWord(SideReply, frozen=True):
     message: str
 
 
-SIDE_REPLIES = Beat | Answer | Ended | LastWord
+SIDE_REPLIES: Any = _any_of(SideReply)
 
 BEAT_S = 0.25

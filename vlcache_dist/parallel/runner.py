@@ -117,4 +117,5 @@ class ShardedRunner(Runner):
 
     def close(self) -> None:
         """End the followers."""
+        self._graphs = None  # they hold on to the collectives that they captured
         self._group.close()

@@ -155,7 +155,8 @@ class SpanResolver:
 
     async def _reuse(self, span: MediaSpan, kv: Extent, source: KVSource, holder: str = "") -> Reuse:
         """A source from a pinned KV object, with the encoder output of the rows to recompute."""
-        moved = kv.elements * self._node.layout.itemsize if source is KVSource.REMOTE else 0
+        layout = self._node.layout
+        moved = kv.elements * layout.itemsize * layout.tp_size if source is KVSource.REMOTE else 0
         embedding = None
         try:
             depths = self._plan.depths(span.length, self._node.layout.num_layers)
