@@ -569,10 +569,10 @@ class Engine:
         else:
             if sequence.reuse is not ReuseMode.APPROX:
                 raise ValueError(f"{where}: reuse={sequence.reuse} takes no image KV")
-            if source.groups and not (sequence.blocks and layer_edges(source.groups, self.layout.num_layers)):
-                raise ValueError(
-                    f"{where}: groups {source.groups} of {self.layout.num_layers} layers, or not admitted yet"
-                )
+            if source.groups and not sequence.blocks:
+                raise ValueError(f"{where}: a source cannot arrive before its request is admitted")
+            if source.groups and not layer_edges(source.groups, self.layout.num_layers):
+                raise ValueError(f"{where}: groups {source.groups} are no edges of {self.layout.num_layers} layers")
             if source.depths.shape != (span.length,) or source.depths.max() > self.layout.num_layers:
                 raise ValueError(f"{where}: depths {source.depths.shape} do not fit {span.length} tokens")
             recomputed = np.flatnonzero(source.depths)
