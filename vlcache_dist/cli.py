@@ -123,6 +123,43 @@ def bench_ttft(
     console.print(table)
 
 
+@bench_app.command("placement")
+def bench_placement(
+    json_file: Annotated[Path, typer.Option("--json", help="where the report goes")],
+    engine: Annotated[Path, typer.Option(help="a report of `bench ttft`: how long encoding and prefill take")],
+    trace: Annotated[
+        list[Path] | None,
+        typer.Option(help="recorded trace, or a load test's result.json; repeatable [default: planned workloads]"),
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="play traces at so many requests per second")] = None,
+    enlarge: Annotated[int, typer.Option(min=1, help="multiply the traces' vision tokens")] = 1,
+    prefills: Annotated[int, typer.Option(min=1)] = 4,
+    encoders: Annotated[int, typer.Option(min=1)] = 4,
+) -> None:
+    """Placement policies over traces of requests, in simulation."""
+    from vlcache_dist.bench import placement
+    from vlcache_dist.loadtest.trace import read
+
+    console = Console(stderr=True)
+    with _told(console):
+        traces = None
+        if trace is not None:
+            found = [each.enlarged(enlarge) for path in trace for each in read(path)]
+            traces = [each if rate is None else each.scaled(rate) for each in found]
+        pools = placement.Pools(prefills=prefills, encoders=encoders)
+        report = placement.run(traces, pools, placement.read_engine(engine))
+    json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    table = Table(title=f"mean / p90 TTFT in ms, simulated: {prefills} prefill workers, {encoders} encoders")
+    rows = {(row["trace"], row["policy"]): row for row in report["rows"]}
+    policies = list(dict.fromkeys(policy for _, policy in rows))
+    for name in ("trace", *policies):
+        table.add_column(name)
+    for name in report["traces"]:
+        figures = (rows[name, policy] for policy in policies)
+        table.add_row(name, *(f"{row['ttft_mean_ms']:.1f} / {row['ttft_p90_ms']:.1f}" for row in figures))
+    console.print(table)
+
+
 @bench_app.command("transfer")
 def bench_transfer(
     json_file: Annotated[Path, typer.Option("--json", help="where the report goes")],
