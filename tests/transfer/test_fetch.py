@@ -532,9 +532,64 @@ async def test_a_handoff_whose_lease_ended_is_not_admitted() -> None:
 @virtual
 async def test_meeting_a_peer_leaves_nothing_behind() -> None:
     pair = Pair(Fault(delay_s=0.1))
-    speed = await pair.reader.fetcher.introduce(pair.holder.id, "holder", 1000)
-    assert speed == pytest.approx(10_000, rel=0.01)
-    assert pair.reader.fetcher.reads == 2
+    link = await pair.reader.fetcher.introduce(pair.holder.id, "holder", (400, 1000, 1 << 30))
+    assert link.points == (pytest.approx((400, 0.1)), pytest.approx((1000, 0.1))), "what does not fit is left out"
+    assert link.bytes_per_s == pytest.approx(10_000, rel=0.01) and link.slow
+    assert pair.reader.fetcher.reads == 4
+    await pair.settle()
+
+
+@virtual
+async def test_a_probe_evicts_nothing() -> None:
+    pair = Pair()
+    for index in range(10, 30):
+        pair.reader.put(KV, key(index), variant(index), SIZE)
+    before = pair.reader.store.stats()
+    link = await pair.reader.fetcher.introduce(pair.holder.id, "holder")
+    assert link.points[0][0] <= before.largest_free * 4
+    assert pair.reader.store.stats() == before
+
+
+@virtual
+async def test_a_group_that_is_late_ends_the_fetch_long_before_the_lease_does() -> None:
+    """The link was fast when it was measured; then the holder freezes behind the second group."""
+    limits = FetchLimits(lease_s=60.0, transfer_s=50.0, group_bytes=64, group_slack=8.0, group_grace_s=0.2)
+    pair = Pair(Fault(delay_s=0.001), limits=limits)
+    await pair.reader.fetcher.introduce(pair.holder.id, "holder", (400,))
+    seen: list[int] = []
+
+    def on_group(extent: Extent, start: int, stop: int) -> None:
+        seen.append(stop)
+        if stop == 2:
+            pair.holder.freeze()
+            pair.holder.awake.set()
+
+    started = pair.cluster.loop.time()
+    await refused(pair.fetch(on_group=on_group), TransferTimeout)
+    assert seen == [1, 2]
+    assert pair.cluster.loop.time() - started < 0.3
+    pair.holder.thaw()
+    await pair.settle()
+
+
+@virtual
+async def test_who_joins_a_fetch_hears_of_the_same_groups() -> None:
+    pair = Pair(Fault(delay_s=0.1), limits=FetchLimits(group_bytes=64))
+    heard: dict[str, list[int]] = {"first": [], "second": []}
+
+    def listener(name: str) -> Callable[[Extent, int, int], None]:
+        return lambda extent, start, stop: heard[name].append(stop)
+
+    first = asyncio.create_task(pair.fetch(on_group=listener("first")))
+    await asyncio.sleep(0.15)
+    assert heard["first"] == [1, 2]
+    second = asyncio.create_task(pair.fetch(on_group=listener("second")))
+    await asyncio.sleep(0)
+    assert heard["second"] == [1, 2]
+    first.cancel()
+    pair.reader.store.unpin(await second)
+    assert heard == {"first": [1, 2], "second": [1, 2, 3, 4]}
+    assert pair.reader.fetcher.reads == 1
     await pair.settle()
 
 

@@ -3,7 +3,7 @@
 ::
 
     own store ─> a holder elsewhere (lease, READ, validate) ─> claim the key (single flight), compute, record, announce
-                                                              └─ somebody else computes it: wait, then start over
+                  └ the engine starts with the first layers    └─ somebody else computes it: wait, then start over
 
 Whatever fails falls one rung down, KV -> encoder output -> encoding again, and never to a wrong answer. A request
 that holds a claim never waits for another producer before its own claims are settled, so two requests with the same
@@ -37,6 +37,7 @@ from vlcache_dist.errors import (
 )
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
+from vlcache_dist.prefill_workers.arrival import Arrival
 from vlcache_dist.prefill_workers.production import LocalProduction
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.types import ContentKey, KVSource, MediaSpan, ObjectKind, ReuseMode
@@ -71,13 +72,51 @@ class SpanResolver:
         self._claims: set[ContentKey] = set()
         self._settled = asyncio.Event()
         self._settled.set()
+        self._open: set[int] = set()  # spans without a source, or whose source is still arriving
 
     async def run(self, needed: Sequence[int]) -> None:
-        """Resolve the spans ``needed``, in order. Raises the error that ends the request."""
-        for index in needed:
-            source = await self._resolve(index, self._generation.spans[index])
+        """Resolve the spans ``needed``, in order; what arrives meanwhile is followed to its end. Raises the error that
+        ends the request."""
+        self._open = set(needed)
+        following: list[asyncio.Task[None]] = []
+        try:
+            for index in needed:
+                tried: set[bytes] = set()
+                arrival = await self._place(index, tried)
+                if arrival is not None:
+                    following.append(asyncio.create_task(self._follow(index, arrival, tried)))
+            await asyncio.gather(*following)
+        finally:
+            for task in following:
+                task.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
+
+    async def _place(self, index: int, tried: set[bytes]) -> Arrival | None:
+        """Give the engine a source for the span; if it is still arriving, returns what must be followed."""
+        source, arrival = await self._resolve(index, self._generation.spans[index], tried)
+        try:
             # From here on the source is the engine's to give back, whatever becomes of this task.
             await asyncio.shield(asyncio.ensure_future(self._provide(index, source)))
+        except BaseException:
+            if arrival is not None:
+                await arrival.close()
+            raise
+        if arrival is None:
+            self._open.discard(index)
+        return arrival
+
+    async def _follow(self, index: int, arrival: Arrival | None, tried: set[bytes]) -> None:
+        """Until the engine has a source that is all there: what arrives in vain is replaced."""
+        while arrival is not None:
+            try:
+                error = await arrival.follow(self._generation.request_id, index)
+            finally:
+                await arrival.close()
+            if error is None:
+                self._open.discard(index)
+                return
+            log.warning("KV of item %d did not arrive from %s: %s", index, arrival.holder.worker_id, error)
+            arrival = await self._place(index, tried)
 
     async def _provide(self, index: int, source: Compute | Reuse) -> None:
         try:
@@ -88,14 +127,18 @@ class SpanResolver:
 
     def _give_back(self, source: Compute | Reuse) -> None:
         store = self._node.store
-        for extent in (source.embedding, source.kv if isinstance(source, Reuse) else None):
+        kv = source.kv if isinstance(source, Reuse) and not source.groups else None
+        for extent in (source.embedding, kv):
             if extent is not None:
-                store.unpin(extent)
-                if extent.kind is ObjectKind.STAGING:
-                    store.discard(extent)
+                self._let_go(extent)
         if isinstance(source, Compute) and source.record is not None:
             store.abort(source.record)
             self._give_up(source.record.key)
+
+    def _let_go(self, extent: Extent) -> None:
+        self._node.store.unpin(extent)
+        if extent.kind is ObjectKind.STAGING:
+            self._node.store.discard(extent)
 
     def settle(self, key: ContentKey) -> None:
         """The engine recorded the span, or dropped the record: this request's claim on ``key`` is over."""
@@ -112,21 +155,23 @@ class SpanResolver:
 
     # -- one span -----------------------------------------------------------------------------------------------
 
-    async def _resolve(self, index: int, span: MediaSpan) -> Compute | Reuse:
+    async def _resolve(self, index: int, span: MediaSpan, tried: set[bytes]) -> tuple[Compute | Reuse, Arrival | None]:
+        """A source; and if it is still arriving, its arrival. ``tried``: attempts that were in vain."""
         if self._generation.reuse is ReuseMode.OFF:
-            return Compute(await self._embedding(span))
+            return Compute(await self._embedding(span)), None
         allowed = await self._on_engine(lambda engine: engine.recordable(self._generation.request_id, index))
         if self._generation.reuse is ReuseMode.EXACT or self._plan.is_full(span.length, self._node.layout.num_layers):
             record = self._record_extent(span) if allowed and await self._claim(span.key) else None
-            return await self._compute(span, record)
-        tried: set[bytes] = set()
+            return await self._compute(span, record), None
+        # What was withdrawn behind a span that is open itself claims nothing: that one may wait for a producer.
+        allowed = allowed and min(self._open, default=index) == index
         while True:
-            if (reuse := await self._from_stores(span, tried)) is not None:
-                return reuse
+            if (found := await self._from_stores(span, tried)) is not None:
+                return found
             if allowed and await self._claim(span.key):
-                return await self._compute(span, self._record_extent(span))
+                return await self._compute(span, self._record_extent(span)), None
             if not await self._wait_for_producer(span.key, tried):
-                return await self._compute(span, None)
+                return await self._compute(span, None), None
 
     async def _compute(self, span: MediaSpan, record: Extent | None) -> Compute:
         try:
@@ -137,37 +182,77 @@ class SpanResolver:
                 self._give_up(span.key)
             raise
 
-    async def _from_stores(self, span: MediaSpan, tried: set[bytes]) -> Reuse | None:
+    async def _from_stores(self, span: MediaSpan, tried: set[bytes]) -> tuple[Reuse, Arrival | None] | None:
         """KV from the own store or from any announced holder that was not tried in vain."""
         if (kv := self._node.store.lookup(ObjectKind.KV, span.key, pin=True)) is not None:
-            return await self._reuse(span, kv, KVSource.LOCAL)
+            try:
+                return self._reuse(span, kv, await self._rows(span)), None
+            except BaseException:
+                self._node.store.unpin(kv)
+                raise
         for holder in await self._node.holders(ObjectKind.KV, span.key):
             if holder.worker_id == self._node.worker_id or self._attempt(holder) in tried:
                 continue
             tried.add(self._attempt(holder))
-            try:
-                kv = await self._node.fetch(holder, ObjectKind.KV, span)
-            except VLCacheError as error:
-                log.warning("KV of %s not had from %s: %s", span.key.hex()[:16], holder.worker_id, error)
-                continue
-            return await self._reuse(span, kv, KVSource.REMOTE, holder.worker_id)
+            if (found := await self._from_holder(span, holder)) is not None:
+                return found
         return None
 
-    async def _reuse(self, span: MediaSpan, kv: Extent, source: KVSource, holder: str = "") -> Reuse:
-        """A source from a pinned KV object, with the encoder output of the rows to recompute."""
-        moved = kv.elements * self._node.layout.itemsize if source is KVSource.REMOTE else 0
-        embedding = None
+    async def _from_holder(self, span: MediaSpan, holder: wire.Holder) -> tuple[Reuse, Arrival | None] | None:
+        """KV from elsewhere: as soon as its first layers are here, if more are to come. The encoder output of the rows
+        to recompute comes at the same time. None if the holder does not deliver."""
+        arrival = Arrival(self._node, holder, span, self._on_engine)
+        rows = asyncio.create_task(self._rows(span))
+        embedding: Extent | None = None
+        source: Reuse | None = None
         try:
-            depths = self._plan.depths(span.length, self._node.layout.num_layers)
-            recomputed = np.flatnonzero(depths)
-            if len(recomputed):
-                # A canary may ask for the whole span.
-                rows = span.length if self._plan.canary is not None else int(recomputed[-1]) + 1
-                embedding = await self._embedding(span, rows)
-        except BaseException:
-            self._node.store.unpin(kv)
-            raise
-        return Reuse(kv, depths, embedding, source, moved, holder, self._plan.canary)
+            await arrival.first()
+            if arrival.extent is not None:
+                embedding = await asyncio.shield(rows)
+                if not arrival.over:
+                    source = self._reuse(span, arrival.extent, embedding, holder.worker_id, arrival.groups)
+                    return source, arrival
+            try:
+                kv = await arrival.whole()
+            except VLCacheError as error:
+                log.warning("KV of %s not had from %s: %s", span.key.hex()[:16], holder.worker_id, error)
+                return None
+            source = self._reuse(span, kv, embedding, holder.worker_id)
+            return source, None
+        finally:
+            if source is None or not source.groups:
+                await arrival.close()
+            if source is None:
+                await self._drop_rows(rows)
+
+    async def _rows(self, span: MediaSpan) -> Extent | None:
+        """Encoder output of what the plan recomputes, pinned; None if that is nothing."""
+        recomputed = np.flatnonzero(self._plan.depths(span.length, self._node.layout.num_layers))
+        if not len(recomputed):
+            return None
+        # A canary may ask for the whole span.
+        return await self._embedding(span, span.length if self._plan.canary is not None else int(recomputed[-1]) + 1)
+
+    async def _drop_rows(self, rows: asyncio.Task[Extent | None]) -> None:
+        rows.cancel()
+        (outcome,) = await asyncio.gather(rows, return_exceptions=True)
+        if isinstance(outcome, Extent):
+            self._let_go(outcome)
+
+    def _reuse(
+        self, span: MediaSpan, kv: Extent, embedding: Extent | None, holder: str = "", groups: tuple[int, ...] = ()
+    ) -> Reuse:
+        layout = self._node.layout
+        return Reuse(
+            kv,
+            self._plan.depths(span.length, layout.num_layers),
+            embedding,
+            KVSource.REMOTE if holder else KVSource.LOCAL,
+            kv.elements * layout.itemsize if holder else 0,
+            holder,
+            self._plan.canary,
+            groups,
+        )
 
     # -- single flight ------------------------------------------------------------------------------------------
 
