@@ -44,7 +44,7 @@ from vlcache_dist.engine.origins import SlotOrigins
 from vlcache_dist.engine.runner import Runner
 from vlcache_dist.engine.scheduler import Scheduler
 from vlcache_dist.engine.sequence import Sequence, SpanState
-from vlcache_dist.engine.streaming import StreamedChunk
+from vlcache_dist.engine.streaming import StreamedChunk, Streamer
 from vlcache_dist.engine.watch import Look, Watched
 from vlcache_dist.errors import BadRequest, EngineError, Overloaded, PromptTooLong, VLCacheError
 from vlcache_dist.kv.block_chain import BlockChain
@@ -103,6 +103,7 @@ class Engine:
         self._handovers = HandoverBook(store, runner, self._origins, self.layout)
         self._events: list[Event] = []
         self._no_blocks = False  # for the head of the queue, until somebody gives some back
+        self._streamer = Streamer(runner)
         self._stream: StreamedChunk | None = None
         self._failed_steps = 0
         self._counters: Counter[str] = Counter()
@@ -291,7 +292,7 @@ class Engine:
         if self._stream is None and (start := self._scheduler.next_stream()) is not None:
             sequence, chunk = start
             try:
-                self._stream = StreamedChunk(self.runner, sequence, chunk, self._step([chunk]))
+                self._stream = StreamedChunk(self._streamer, sequence, chunk, self._step([chunk]))
             except Exception as error:
                 self._pass_failed([start], error)
                 return

@@ -174,19 +174,19 @@ def pad_step(step: StepBatch, shape: Shape, into: PaddedStep) -> None:
 
 
 @torch.inference_mode()
-def padded_logits(
-    model: LanguageModel, tensors: Sequence[torch.Tensor], shape: Shape, pages: torch.Tensor, arena: torch.Tensor
-) -> torch.Tensor:
-    """fp32 [samples, vocab] of a padded step's ``tensors`` (in the order of ``PaddedStep``); scatters reused tokens,
-    writes K and V of the real rows and records them. What a graph captures; runs anywhere."""
+def padded_input(
+    model: LanguageModel, tensors: Sequence[torch.Tensor], shape: Shape, arena: torch.Tensor
+) -> tuple[torch.Tensor, ForwardBatch, ScatterBatch | None]:
+    """What the model works on, of a padded step's ``tensors`` (in the order of ``PaddedStep``): hidden state before
+    layer 0, rows, and the reused tokens to be scattered first."""
     step = dict(zip((field.name for field in fields(PaddedStep)), tensors, strict=True))
     layers = model.config.num_layers
+    reused = None
     if shape.scatter:
         reused = ScatterBatch(
             step["scatter_src"], step["scatter_tokens"], step["scatter_slots"], step["scatter_positions"]
         )
-        model.scatter(reused, pages, arena, 0, layers)
-    empty = torch.empty(0, dtype=torch.int64, device=pages.device)
+    empty = torch.empty(0, dtype=torch.int64, device=arena.device)
     batch = ForwardBatch(
         token_ids=step["token_ids"],
         positions=step["positions"],
@@ -208,8 +208,19 @@ def padded_logits(
     )
     x = F.embedding(batch.token_ids, model.embed_tokens)
     encoded = arena.unfold(0, x.shape[1], 1)[step["embed_offset"]].to(x.dtype)
-    x = torch.where(step["embed_mask"][:, None], encoded, x)
-    return model.logits(model.run_layers(x, batch, pages, arena, 0, layers))
+    return torch.where(step["embed_mask"][:, None], encoded, x), batch, reused
+
+
+@torch.inference_mode()
+def padded_logits(
+    model: LanguageModel, tensors: Sequence[torch.Tensor], shape: Shape, pages: torch.Tensor, arena: torch.Tensor
+) -> torch.Tensor:
+    """fp32 [samples, vocab] of a padded step's ``tensors``; scatters reused tokens, writes K and V of the real rows and
+    records them. What a graph captures; runs anywhere."""
+    x, batch, reused = padded_input(model, tensors, shape, arena)
+    if reused is not None:
+        model.scatter(reused, pages, arena, 0, model.config.num_layers)
+    return model.logits(model.run_layers(x, batch, pages, arena, 0, model.config.num_layers))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ computed at once if its bytes are all there by then.
 from __future__ import annotations
 
 from collections.abc import Sequence as Values
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,15 +26,67 @@ import torch
 from vlcache_dist.engine.batch import ChunkWork, StepBatch
 from vlcache_dist.engine.runner import Pass, Runner
 from vlcache_dist.engine.sequence import Sequence, SpanState, layer_groups
+from vlcache_dist.engine.stream_graphs import GroupedForward, GroupedReplay
 from vlcache_dist.engine.watch import Look
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
-from vlcache_dist.model.sampler import SamplingBatch, sample
+from vlcache_dist.model.sampler import Sampled, SamplingBatch, sample
 from vlcache_dist.model.upload import upload
 from vlcache_dist.types import SamplingParams
 
 
-class LayeredPass:
-    """A forward pass taken in runs of layers; equal, bit for bit, to ``Runner.launch`` of the same step."""
+class LayeredPass(Protocol):
+    """A forward pass taken in runs of layers."""
+
+    def run(self, start: int, stop: int) -> None:
+        """Enqueue layers [start, stop): copy what is reused into their pages, then compute them."""
+        ...
+
+    def finish(self, params: Values[SamplingParams], draws: Values[int]) -> Pass:
+        """Enqueue what follows the last layer (see ``Runner.launch``)."""
+        ...
+
+
+class Streamer:
+    """Makes layered passes for one runner; owns their graphs."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        cuda = runner.device.type == "cuda"
+        self._graphs = GroupedForward(runner.model, runner.pages, runner.arena.tensor) if cuda else None
+
+    def begin(self, step: StepBatch, edges: tuple[int, ...]) -> LayeredPass:
+        """From graphs, one per group, if the step is small; else kernel by kernel."""
+        graphed = None if self._graphs is None else self._graphs.begin(step, edges)
+        return EagerPass(self._runner, step) if graphed is None else GraphedPass(self._runner, graphed)
+
+    def erase(self, slots: np.ndarray) -> None:
+        """Zero page slots (int64 [n]) in all layers, behind whatever is enqueued."""
+        (on_device,) = upload((slots,), self._runner.device)
+        pages: torch.Tensor = self._runner.pages.flatten(2, 3)
+        pages.index_fill_(2, on_device, 0)
+
+
+class GraphedPass:
+    """See ``LayeredPass``."""
+
+    def __init__(self, runner: Runner, forward: GroupedReplay) -> None:
+        self._runner, self._forward = runner, forward
+
+    def run(self, start: int, stop: int) -> None:
+        """See ``LayeredPass.run``; exactly the edges that the pass was begun with."""
+        self._forward.run(start, stop)
+
+    def finish(self, params: Values[SamplingParams], draws: Values[int]) -> Pass:
+        """See ``LayeredPass.finish``."""
+        replayed = self._forward.result()
+        if all(p.temperature == 0 and p.logprobs is None for p in params):
+            return Pass(self._runner, Sampled(replayed.likeliest, None, None, None), params)
+        batch = SamplingBatch.build(params, draws, self._runner.device)
+        return Pass(self._runner, sample(replayed.logits, batch), params)
+
+
+class EagerPass:
+    """Kernel by kernel; equal, bit for bit, to ``Runner.launch`` of the same step without graphs."""
 
     def __init__(self, runner: Runner, step: StepBatch) -> None:
         self._runner = runner
@@ -42,7 +95,7 @@ class LayeredPass:
         self._x = runner.model.embed(self._batch, runner.arena.tensor)
 
     def run(self, start: int, stop: int) -> None:
-        """Enqueue layers [start, stop): copy what is reused into their pages, then compute them."""
+        """See ``LayeredPass.run``."""
         runner, batch = self._runner, self._batch
         if self._scatter is not None:
             runner.model.scatter(self._scatter, runner.pages, runner.arena.tensor, start, stop)
@@ -50,7 +103,7 @@ class LayeredPass:
             self._x = runner.model.run_layers(self._x, batch, runner.pages, runner.arena.tensor, start, stop)
 
     def finish(self, params: Values[SamplingParams], draws: Values[int]) -> Pass:
-        """Enqueue what follows the last layer (see ``Runner.launch``)."""
+        """See ``LayeredPass.finish``."""
         if not params:
             return Pass(self._runner, None, ())
         logits = self._runner.model.logits(self._x)
@@ -60,15 +113,15 @@ class LayeredPass:
 class StreamedChunk:
     """A sequence's chunk on its way up the layers. The sequence takes no part in other steps meanwhile."""
 
-    def __init__(self, runner: Runner, sequence: Sequence, chunk: ChunkWork, step: StepBatch) -> None:
+    def __init__(self, streamer: Streamer, sequence: Sequence, chunk: ChunkWork, step: StepBatch) -> None:
         self.sequence, self.chunk, self.step = sequence, chunk, step
         self.spans: list[SpanState] = sequence.arriving(chunk)
         self.look: Look | None = None
-        self._runner = runner
+        self._streamer = streamer
         self._edges = layer_groups(self.spans)
         self._next = 0  # group
         self._places = [work.kv_base for work in chunk.spans]
-        self._layers = LayeredPass(runner, step)
+        self._layers = streamer.begin(step, self._edges)
         self._pass: Pass | None = None
         sequence.streaming = True
 
@@ -104,15 +157,8 @@ class StreamedChunk:
 
     def erase(self) -> None:
         """Zero what the pass has written, and let the sequence go."""
-        erase(self._runner, self.sequence.slots(self.chunk.start, self.chunk.end))
+        self._streamer.erase(self.sequence.slots(self.chunk.start, self.chunk.end))
         self.sequence.streaming = False
 
     def _here(self) -> int:
         return min(state.layers_here for state in self.spans)
-
-
-def erase(runner: Runner, slots: np.ndarray) -> None:
-    """Zero page slots (int64 [n]) in all layers, behind whatever is enqueued."""
-    (on_device,) = upload((slots,), runner.device)
-    pages: torch.Tensor = runner.pages.flatten(2, 3)
-    pages.index_fill_(2, on_device, 0)

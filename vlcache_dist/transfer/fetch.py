@@ -277,6 +277,7 @@ class Fetcher:
         except BaseException:
             self._reader.spawn(self._let_go(holder.address, lease))
             raise
+        released: wire.Released | None = None
         try:
             released = await self._ask(holder.address, wire.Release(lease.lease_id, lease.generation), wire.Released)
             if not released.valid:
@@ -285,6 +286,8 @@ class Fetcher:
                 await self._verify(extent, lease.checksum, holder.worker_id)
         except BaseException:
             self._store.abort(extent)
+            if released is None:  # a caller that leaves now may have taken the word back before the holder heard it
+                self._reader.spawn(self._let_go(holder.address, lease))
             raise
         whole = verify and prefix is None
         return self._store.commit(extent, pin=True, checksum=lease.checksum if whole else None)
