@@ -601,20 +601,17 @@ async def _await(task: asyncio.Task[Any]) -> Any:
 async def test_a_caller_that_leaves_while_the_lease_is_released_leaves_none_behind() -> None:
     """The holder has not handled Release yet when the caller's cancellation reaches it."""
     pair = Pair(Fault(delay_s=0.01))
-    release, heard = pair.holder.holder.release, 0
+    release, heard = pair.holder.holder.release, asyncio.Event()
 
     async def slow(message: wire.Release) -> wire.Released:
-        nonlocal heard
-        heard += 1
+        heard.set()
         await asyncio.sleep(0.05)
         return await release(message)
 
     pair.holder.holder.release = slow  # type: ignore[method-assign]
     fetching = asyncio.create_task(pair.fetch())
-    while not heard:
-        await asyncio.sleep(0.001)
+    await heard.wait()
     fetching.cancel()
     await asyncio.sleep(0.2)
-    assert heard == 2
     assert pair.holder.store.stats().num_leases == 0
     await pair.settle()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise
 
@@ -115,8 +116,23 @@ class GroupedForward:
         return captured
 
     def _group(self, inputs: FixedInputs, shape: Shape, x: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
-        """Layers [start, stop) of a padded step, reused tokens scattered first; ``x`` None: from the embeddings."""
-        first, batch, reused = padded_input(self._model, inputs.tensors, shape, self._arena)
-        if reused is not None:
-            self._model.scatter(reused, self._pages, self._arena, start, stop)
-        return self._model.run_layers(first if x is None else x, batch, self._pages, self._arena, start, stop)
+        return padded_group(self._model, inputs.tensors, shape, self._pages, self._arena, x, start, stop)
+
+
+@torch.inference_mode()
+def padded_group(
+    model: LanguageModel,
+    tensors: Sequence[torch.Tensor],
+    shape: Shape,
+    pages: torch.Tensor,
+    arena: torch.Tensor,
+    x: torch.Tensor | None,
+    start: int,
+    stop: int,
+) -> torch.Tensor:
+    """Hidden state behind layers [start, stop) of a padded step, reused tokens scattered first; ``x``: behind layer
+    ``start - 1``, None at the beginning. What a graph captures; runs anywhere."""
+    first, batch, reused = padded_input(model, tensors, shape, arena)
+    if reused is not None:
+        model.scatter(reused, pages, arena, start, stop)
+    return model.run_layers(first if x is None else x, batch, pages, arena, start, stop)
