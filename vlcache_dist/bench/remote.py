@@ -47,8 +47,8 @@ class BenchWorker:
     """One prefill worker on one device. ``streaming`` False: KV is read whole before it is computed on."""
 
     def __init__(self, name: str, shape: str, device: str, max_vision_tokens: int, layers: int | None = None) -> None:
-        self.device = torch.device(device)
-        cuda = self.device.type == "cuda"
+        cuda = device == "cuda"
+        self.device = torch.device("cuda:0" if cuda else "cpu")
         if cuda:
             torch.cuda.set_device(self.device)
         dtype = "bfloat16" if cuda else "float32"
