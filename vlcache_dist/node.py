@@ -28,7 +28,7 @@ from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.kv.object_store import Extent, ObjectStore
 from vlcache_dist.rpc import Call, Handler, RpcClient, RpcServer
 from vlcache_dist.transfer.base import Transport
-from vlcache_dist.transfer.fetch import Fetcher, FetchLimits, OnGroup
+from vlcache_dist.transfer.fetch import Fetcher, FetchLimits, OnExtent, OnGroup
 from vlcache_dist.transfer.holder import HolderService
 from vlcache_dist.transfer.link import Link
 from vlcache_dist.types import ContentKey, MediaSpan, ObjectKind, Role, Variant, WorkerId
@@ -261,8 +261,11 @@ class Node(FrontNode):
     # -- objects elsewhere --------------------------------------------------------------------------------------
 
     async def holders(self, kind: ObjectKind, key: ContentKey) -> tuple[wire.Holder, ...]:
-        """Who announced the object: hints. Decode workers come last: what they send delays tokens."""
-        state = await self.state(key)
+        """Who announced the object: hints, see ``holders_in``."""
+        return self.holders_in(await self.state(key), kind)
+
+    def holders_in(self, state: wire.KeyState, kind: ObjectKind) -> tuple[wire.Holder, ...]:
+        """Holders to try, in this order. Decode workers come last: what they send delays tokens."""
         decoding = {m.info.worker_id for m in self.members() if m.info.role is Role.DECODE}
         found = state.kv if kind is ObjectKind.KV else state.embedding
         return tuple(sorted(found, key=lambda holder: holder.worker_id in decoding))
@@ -277,10 +280,11 @@ class Node(FrontNode):
         exact_variant: bool = False,
         private: bool = False,
         on_group: OnGroup | None = None,
+        on_extent: OnExtent | None = None,
     ) -> Extent:
         """A holder's object, here, pinned for the caller and (unless only its first ``rows`` are wanted, or it is
-        ``private``) announced. ``on_group``: see ``Fetcher.fetch``. Raises CacheError, WorkerLost or DeadlineExceeded;
-        the directory is told of a hint that proved stale."""
+        ``private``) announced. ``on_group``, ``on_extent``: see ``Fetcher.fetch``. Raises CacheError, WorkerLost or
+        DeadlineExceeded; the directory is told of a hint that proved stale."""
         elements = self.elements(kind, span.length)
         prefix = None if rows is None or rows >= span.length else rows * self.layout.hidden
         try:
@@ -293,6 +297,7 @@ class Node(FrontNode):
                 exact_variant=exact_variant,
                 meta=None if private else _meta(span),
                 on_group=on_group,
+                on_extent=on_extent,
             )
         except (ObjectGone, WorkerLost, TransferFailed, LayoutMismatch):
             # Awaited: a claim that follows must not be refused because of the hint.

@@ -97,7 +97,7 @@ async def test_what_fails_on_the_way_is_computed(monkeypatch: pytest.MonkeyPatch
         )
         assert [answer.text for answer in answers] == [image.facts[1].answer] * 2
         assert "remote" not in [source for answer in answers for source in answer.sources]
-        assert (streamed(pools)[1] > 0) == (at > 0), "the first group is waited for, the others are computed on"
+        assert at == 0 or streamed(pools)[1] > 0
         await pools.drained()
 
 

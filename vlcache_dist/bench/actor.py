@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import statistics
 import time
 import traceback
 import uuid
@@ -20,6 +21,7 @@ from vlcache_dist.bench.transfer import DEADLINE_S, LAYOUT, machine, measure, ni
 from vlcache_dist.cache_directory.server import DirectoryServer
 from vlcache_dist.errors import VLCacheError
 from vlcache_dist.transfer.base import PeerInfo, Piece
+from vlcache_dist.transfer.checksum import checksum
 from vlcache_dist.transfer.nixl import NixlTransport
 
 START_S, CALL_S = 180.0, 300.0
@@ -69,6 +71,10 @@ class _Peer:
         expected = torch.arange(nbytes // 8, device=self._arena.device)
         return bool(torch.equal(self._arena[:nbytes].view(torch.int64), expected))
 
+    def checksum_us(self, nbytes: int) -> float:
+        """One checksum of so many bytes, the median of several."""
+        return nbytes * 1e6 / statistics.median(measure(lambda: checksum(self._arena, 0, nbytes), nbytes, 0.1))
+
     def close(self) -> None:
         self._transport.close()
 
@@ -89,6 +95,7 @@ def transfer(device: str, sizes: Sequence[int], seconds: float, image_bytes: int
         }
         if not ray.get(reader.check.remote(peer, biggest), timeout=CALL_S):
             raise RuntimeError("the bytes that were read are not those of the holder")
+        checksums = {n: ray.get(reader.checksum_us.remote(n), timeout=CALL_S) for n in (image_bytes, biggest)}
         for actor in (reader, holder):
             ray.get(actor.close.remote(), timeout=CALL_S)
             ray.kill(actor)
@@ -104,6 +111,7 @@ def transfer(device: str, sizes: Sequence[int], seconds: float, image_bytes: int
         "peer_copy_gbps": max(row["copy_gbps"] for row in rows),
         "image": next(row for row in rows if row["bytes"] == image_bytes),
         "rows": rows,
+        "checksum": [{"bytes": n, "us": us, "gbps": n / us / 1e3} for n, us in checksums.items()],
     }
 
 

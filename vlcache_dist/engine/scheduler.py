@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from vlcache_dist.engine.batch import ChunkWork
-from vlcache_dist.engine.sequence import Sequence, layer_groups
+from vlcache_dist.engine.sequence import Sequence
 from vlcache_dist.errors import ConfigError
 
 WORTHWHILE_ROWS = 256  #: below it a forward pass takes about as long as with a single row
@@ -56,15 +56,12 @@ class Scheduler:
         return list(self._work())
 
     def next_stream(self) -> tuple[Sequence, ChunkWork] | None:
-        """A chunk whose source is still arriving and whose first group of layers is there, the oldest first."""
+        """A chunk whose source is still arriving, the oldest first."""
         for sequence in self.running:
             if not sequence.prefilling or sequence.streaming or not any(s.arriving for s in sequence.spans):
                 continue
             chunk = sequence.stream(self.max_batch_tokens)
             if chunk is None:
-                continue
-            spans = sequence.arriving(chunk)
-            if min(state.layers_here for state in spans) < layer_groups(spans)[1]:
                 continue
             if sequence.active_rows(chunk) >= WORTHWHILE_ROWS or not sequence.stops_short(chunk):
                 return sequence, chunk

@@ -11,8 +11,9 @@ Nothing that depends on the arriving bytes leaves the pass before every source i
 block is offered to other requests, no position counts as computed. What a withdrawn source left in the pages is
 overwritten with zeros, because wrong bytes may be NaN, and masks do not silence NaN.
 
-Between groups the engine is free for other requests' steps. One chunk is streamed at a time; a second one waits, and is
-computed at once if its bytes are all there by then.
+The pass is laid out and its inputs are sent while the first group is on its way. Between groups the engine is free for
+other requests' steps. One chunk is streamed at a time; a second one waits, and is computed at once if its bytes are all
+there by then.
 """
 
 from __future__ import annotations

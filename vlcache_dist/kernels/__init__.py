@@ -21,6 +21,7 @@ from vlcache_dist.kernels.ops import (
     rotate_scatter,
     silu_mul,
     unpack_rows,
+    word_sums,
     write_kv,
 )
 
@@ -38,5 +39,6 @@ __all__ = [
     "unpack_rows",
     "uses_triton",
     "varlen_attention",
+    "word_sums",
     "write_kv",
 ]

@@ -14,7 +14,7 @@ from vlcache_dist.types import MediaSpan, ObjectKind
 
 
 class Arrival:
-    """One span's fetch. Its owner awaits ``first``, gives the engine ``extent`` as a source with ``groups``, and then
+    """One span's fetch. Its owner awaits ``begun``, gives the engine ``extent`` as a source with ``groups``, and then
     awaits ``follow``; or takes the whole object with ``whole``. ``close`` must come in any case: what was fetched and
     nobody took is let go there."""
 
@@ -26,21 +26,23 @@ class Arrival:
         self._on_engine = on_engine
         self._name: tuple[str, int] | None = None
         self._layers = 0
-        self._landed = asyncio.Event()
+        self._begun = asyncio.Event()
         self._taken = False
-        self._fetching = asyncio.create_task(node.fetch(holder, ObjectKind.KV, span, on_group=self._group))
+        self._fetching = asyncio.create_task(
+            node.fetch(holder, ObjectKind.KV, span, on_group=self._group, on_extent=self._begin)
+        )
 
     @property
     def over(self) -> bool:
         return self._fetching.done()
 
-    async def first(self) -> None:
-        """Until the first group of layers is here, or all of it, or nothing will be. Raises nothing."""
-        landing = asyncio.create_task(self._landed.wait())
+    async def begun(self) -> None:
+        """Until ``extent`` says where the KV will be, or all of it is here, or nothing will be. Raises nothing."""
+        beginning = asyncio.create_task(self._begun.wait())
         try:
-            await asyncio.wait({landing, self._fetching}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({beginning, self._fetching}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            landing.cancel()
+            beginning.cancel()
 
     async def whole(self) -> Extent:
         """The object, committed and pinned for the caller. Raises as ``Node.fetch``."""
@@ -75,9 +77,12 @@ class Arrival:
             self._taken = True
             self._node.store.unpin(outcome)
 
+    def _begin(self, extent: Extent) -> None:
+        self.extent = extent
+        self._begun.set()
+
     def _group(self, extent: Extent, start: int, stop: int) -> None:
         self.extent, self._layers = extent, stop
-        self._landed.set()
         self._tell(stop)
 
     def _tell(self, layers: int) -> None:

@@ -73,6 +73,47 @@ class SpanResolver:
         self._settled = asyncio.Event()
         self._settled.set()
         self._open: set[int] = set()  # spans without a source, or whose source is still arriving
+        self._known: dict[tuple[ObjectKind, ContentKey], tuple[wire.Holder, ...]] = {}  # each used once
+        self._ahead: dict[ContentKey, tuple[Arrival, asyncio.Task[Extent | None]]] = {}
+        self._heading: asyncio.Task[None] | None = None
+
+    def head_start(self) -> None:
+        """Begin to fetch what other workers hold, while the engine admits the request. A span that turns out to lie in
+        the prefix cache is fetched in vain."""
+        if self._generation.reuse is ReuseMode.APPROX:
+            self._heading = asyncio.create_task(self._head_start())
+
+    async def stop(self) -> None:
+        """End what was begun and is not used; nothing is begun afterwards. Idempotent."""
+        if self._heading is not None:
+            self._heading.cancel()
+            await asyncio.gather(self._heading, return_exceptions=True)
+        while self._ahead:
+            _, (arrival, rows) = self._ahead.popitem()
+            await arrival.close()
+            await self._drop_rows(rows)
+
+    async def _head_start(self) -> None:
+        missing: dict[ContentKey, MediaSpan] = {}
+        for span in self._generation.spans:
+            if self._plan.is_full(span.length, self._node.layout.num_layers):
+                continue
+            if self._node.store.lookup(ObjectKind.KV, span.key) is None:
+                missing.setdefault(span.key, span)
+        if not missing:
+            return
+        states = await self._node.lookup(list(missing))
+        for (key, span), state in zip(missing.items(), states, strict=True):
+            for kind in (ObjectKind.KV, ObjectKind.EMBEDDING):
+                self._known[kind, key] = self._node.holders_in(state, kind)
+            others = [h for h in self._known[ObjectKind.KV, key] if h.worker_id != self._node.worker_id]
+            if others:
+                arrival = Arrival(self._node, others[0], span, self._on_engine)
+                self._ahead[key] = arrival, asyncio.create_task(self._rows(span))
+
+    async def _holders(self, kind: ObjectKind, key: ContentKey) -> tuple[wire.Holder, ...]:
+        known = self._known.pop((kind, key), None)
+        return await self._node.holders(kind, key) if known is None else known
 
     async def run(self, needed: Sequence[int]) -> None:
         """Resolve the spans ``needed``, in order; what arrives meanwhile is followed to its end. Raises the error that
@@ -85,6 +126,7 @@ class SpanResolver:
                 arrival = await self._place(index, tried)
                 if arrival is not None:
                     following.append(asyncio.create_task(self._follow(index, arrival, tried)))
+            await self.stop()
             await asyncio.gather(*following)
         finally:
             for task in following:
@@ -184,13 +226,15 @@ class SpanResolver:
 
     async def _from_stores(self, span: MediaSpan, tried: set[bytes]) -> tuple[Reuse, Arrival | None] | None:
         """KV from the own store or from any announced holder that was not tried in vain."""
+        if self._heading is not None and not self._heading.done():
+            await asyncio.wait({self._heading})
         if (kv := self._node.store.lookup(ObjectKind.KV, span.key, pin=True)) is not None:
             try:
                 return self._reuse(span, kv, await self._rows(span)), None
             except BaseException:
                 self._node.store.unpin(kv)
                 raise
-        for holder in await self._node.holders(ObjectKind.KV, span.key):
+        for holder in await self._holders(ObjectKind.KV, span.key):
             if holder.worker_id == self._node.worker_id or self._attempt(holder) in tried:
                 continue
             tried.add(self._attempt(holder))
@@ -199,14 +243,17 @@ class SpanResolver:
         return None
 
     async def _from_holder(self, span: MediaSpan, holder: wire.Holder) -> tuple[Reuse, Arrival | None] | None:
-        """KV from elsewhere: as soon as its first layers are here, if more are to come. The encoder output of the rows
-        to recompute comes at the same time. None if the holder does not deliver."""
-        arrival = Arrival(self._node, holder, span, self._on_engine)
-        rows = asyncio.create_task(self._rows(span))
+        """KV from elsewhere, as soon as it is on its way. The encoder output of the rows to recompute comes at the same
+        time. None if the holder does not deliver."""
+        if span.key in self._ahead and self._ahead[span.key][0].holder == holder:
+            arrival, rows = self._ahead.pop(span.key)
+        else:
+            arrival = Arrival(self._node, holder, span, self._on_engine)
+            rows = asyncio.create_task(self._rows(span))
         embedding: Extent | None = None
         source: Reuse | None = None
         try:
-            await arrival.first()
+            await arrival.begun()
             if arrival.extent is not None:
                 embedding = await asyncio.shield(rows)
                 if not arrival.over:
@@ -332,7 +379,7 @@ class SpanResolver:
             return extent
         failures: list[VLCacheError] = []
         if self._generation.reuse is not ReuseMode.OFF:
-            for holder in await self._node.holders(ObjectKind.EMBEDDING, span.key):
+            for holder in await self._holders(ObjectKind.EMBEDDING, span.key):
                 if holder.worker_id == self._node.worker_id:
                     continue
                 try:

@@ -48,6 +48,7 @@ LEASE_SHARE = 0.9  #: of a lease's time, counted from when it was asked for, in 
 
 
 CallPeer = Callable[..., Awaitable[wire.Message]]  #: (address, message, *, timeout_s): ``RpcClient.call`` in production
+OnExtent = Callable[[Extent], None]  #: where the object will be
 OnGroup = Callable[[Extent, int, int], None]  #: (extent, layer_start, layer_stop): those layers have arrived
 
 
@@ -81,19 +82,28 @@ class _Flight:
 
     task: asyncio.Task[Extent] | None = None
     waiting: int = 0
+    extent: Extent | None = None
     groups: list[tuple[Extent, int, int]] = field(default_factory=list)  # that have landed
-    listeners: list[OnGroup] = field(default_factory=list)
+    listeners: list[tuple[OnGroup, OnExtent | None]] = field(default_factory=list)
+
+    def begun(self, extent: Extent) -> None:
+        self.extent = extent
+        for _, on_extent in self.listeners:
+            if on_extent is not None:
+                on_extent(extent)
 
     def landed(self, extent: Extent, start: int, stop: int) -> None:
         self.groups.append((extent, start, stop))
-        for listener in self.listeners:
-            listener(extent, start, stop)
+        for on_group, _ in self.listeners:
+            on_group(extent, start, stop)
 
-    def listen(self, on_group: OnGroup) -> None:
-        """Hear of the groups that have landed and of those to come."""
+    def listen(self, on_group: OnGroup, on_extent: OnExtent | None) -> None:
+        """Hear of what has happened and of what is to come."""
+        if self.extent is not None and on_extent is not None:
+            on_extent(self.extent)
         for group in self.groups:
             on_group(*group)
-        self.listeners.append(on_group)
+        self.listeners.append((on_group, on_extent))
 
 
 class Fetcher:
@@ -136,6 +146,7 @@ class Fetcher:
         exact_variant: bool = False,
         meta: Any = None,
         on_group: OnGroup | None = None,
+        on_extent: OnExtent | None = None,
     ) -> Extent:
         """The holder's object in the own store, committed and pinned once for the caller.
 
@@ -145,7 +156,8 @@ class Fetcher:
         ``on_group`` (KV only): called on the way, group by group in order of layers, so that computing on the first
         ones can start. What it is told is *not admitted yet*: results count only if this call returns, and if it
         raises, the extent is no longer the caller's. A caller that joins another's fetch hears of the same groups; of
-        all layers at once, and at the end, if the other did not ask for groups.
+        all layers at once, and at the end, if the other did not ask for groups. ``on_extent``, only with ``on_group``:
+        called when the READs are about to begin, so that what is to be computed can be prepared.
 
         Raises CacheError, WorkerLost, DeadlineExceeded or ProtocolError.
         """
@@ -159,13 +171,13 @@ class Fetcher:
         flight = self._flights.get(name)
         if flight is None:
             flight = self._flights[name] = _Flight()
-            landed = None if on_group is None else flight.landed
+            landed = None if on_group is None else flight
             flight.task = asyncio.create_task(
                 self._counted(self._fetch(holder, kind, key, elements, None, exact_variant, meta, landed))
             )
             flight.task.add_done_callback(_retrieve)
         if on_group is not None:
-            flight.listen(on_group)
+            flight.listen(on_group, on_extent)
         flight.waiting += 1
         assert flight.task is not None
         try:
@@ -177,8 +189,8 @@ class Fetcher:
                 del self._flights[name]
             if not flight.waiting:
                 self._end(flight)
-            if on_group is not None and on_group in flight.listeners:
-                flight.listeners.remove(on_group)
+            if on_group is not None:
+                flight.listeners.remove((on_group, on_extent))
         if on_group is not None and not flight.groups:
             on_group(extent, 0, self._layout.num_layers)
         return extent
@@ -244,7 +256,7 @@ class Fetcher:
         prefix: int | None,
         exact_variant: bool,
         meta: Any,
-        on_group: OnGroup | None,
+        flight: _Flight | None,
     ) -> Extent:
         peer = await self._connect(holder.worker_id, holder.address)
         itemsize = self._layout.itemsize
@@ -273,7 +285,9 @@ class Fetcher:
             else:
                 extent = self._store.stage(prefix, self._clock(), transfer=True)
             deadline = min(self._clock() + self._limits.transfer_s, asked_at + lease.ttl_s * LEASE_SHARE)
-            await self._read(peer, extent, lease.offset, deadline, on_group)
+            if flight is not None:
+                flight.begun(extent)
+            await self._read(peer, extent, lease.offset, deadline, None if flight is None else flight.landed)
         except BaseException:
             self._reader.spawn(self._let_go(holder.address, lease))
             raise
