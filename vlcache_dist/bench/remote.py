@@ -230,6 +230,9 @@ class BenchWorker:
         """One remote request with its landings and computed groups, in ms from the request's start."""
         reader, streamer = self.worker.node._fetcher._reader, self.worker.engine._streamer
         read, begin = reader.read, streamer.begin
+        client, bridge = self.worker.node.client, self.worker._bridge
+        call, deliver = client.call, bridge._deliver
+        steps: list[tuple[str, float, float]] = []
         landings: list[tuple[float, float]] = []
         clock = _DeviceClock(self.device)
 
@@ -244,20 +247,38 @@ class BenchWorker:
 
             await read(peer, extent, pieces, deadlines, note)
 
+        async def noted_call(address: str, message: Any, **options: Any) -> Any:
+            asked = time.perf_counter()
+            reply = await call(address, message, **options)
+            steps.append((type(message).__name__, asked, time.perf_counter()))
+            return reply
+
+        def noted_event(event: Any) -> None:
+            steps.append((type(event).__name__, time.perf_counter(), time.perf_counter()))
+            deliver(event)
+
         def noted_begin(step: Any, edges: tuple[int, ...]) -> Any:
-            return _NotedPass(begin(step, edges), clock)
+            asked = time.perf_counter()
+            own = begin(step, edges)
+            steps.append(("inputs sent", asked, time.perf_counter()))
+            return _NotedPass(own, clock)
 
         self._drop(span.key)
         reader.read = noted_read  # type: ignore[method-assign]
         streamer.begin = noted_begin  # type: ignore[method-assign]
+        client.call = self.worker.node._fetcher._call = noted_call  # type: ignore[method-assign]
+        bridge._deliver = noted_event  # type: ignore[method-assign]
         try:
             generation = self._prompt(span, plan)
             started = clock.start()
             _, took = await self._ask(generation, KVSource.REMOTE)
         finally:
             reader.read, streamer.begin = read, begin  # type: ignore[method-assign]
+            client.call = self.worker.node._fetcher._call = call  # type: ignore[method-assign]
+            bridge._deliver = deliver  # type: ignore[method-assign]
         return {
             "landings_ms": [[(a - started) * 1e3, (b - started) * 1e3] for a, b in landings],
+            "steps_ms": [[name, (a - started) * 1e3, (b - started) * 1e3] for name, a, b in steps],
             "computed_ms": clock.intervals_ms(),
             "token_ms": took,
         }

@@ -52,7 +52,7 @@ def serve(device: str, nbytes: int) -> None:
     transport.close()
 
 
-def measure(work: Callable[[], None], nbytes: int, seconds: float) -> list[float]:
+def measure(work: Callable[[], object], nbytes: int, seconds: float) -> list[float]:
     """Bytes/s of each repetition, for about so long, at least five times."""
     for _ in range(WARMUP):
         work()

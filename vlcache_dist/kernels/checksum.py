@@ -1,7 +1,7 @@
 """What a range of bytes holds, in 16 bytes: two 64-bit sums over well-mixed 32-bit words.
 
-A word ``w`` at index ``i`` is mixed with its index by bijections of 32 bits (the finalizer of MurmurHash3, then one more
-step of the kind), and the results of both stages are summed modulo 2^64: a changed word changes the first sum for
+A word ``w`` at index ``i`` is mixed with its index by bijections of 32 bits (the finalizer of MurmurHash3, then one
+more step of the kind), and the results of both stages are summed modulo 2^64: a changed word changes the first sum for
 certain, and words that moved, zeros that were lost and bytes of another object change either with all but a chance of
 about 2^-64.
 Sums do not depend on order, so a GPU computes them in parallel and every device comes to the same value. It finds
