@@ -33,6 +33,7 @@ class Arrival:
     name: str
     extent: Extent
     groups: tuple[int, ...]
+    rows: Extent | None = None  # encoder output, if that arrives too
     landed: int = 0  # groups
     over: bool = False
 
@@ -40,8 +41,9 @@ class Arrival:
 class Site(World):
     """Pictures in ``remote`` come from a holder, in groups of layers; tests say when. ``arrivals``: their READs."""
 
-    def __init__(self, groups: tuple[int, ...] = (0, 1, 2, 4), **options: object) -> None:
+    def __init__(self, groups: tuple[int, ...] = (0, 1, 2, 4), rows_arrive: bool = True, **options: object) -> None:
         super().__init__(seed=7, **options)  # type: ignore[arg-type]
+        self.rows_arrive = rows_arrive
         self.groups = groups
         self.remote: dict[str, torch.Tensor] = {}
         self.arrivals: list[Arrival] = []
@@ -63,7 +65,14 @@ class Site(World):
         extent = self.store.begin(ObjectKind.KV, span.key, VARIANT, elements, self.now, transfer=True)
         self.arena.kv_view(extent, span.length).fill_(float("nan"))
         source = replace(self.reuse(span, extent, generation.plan), source=KVSource.REMOTE)
-        self.arrivals.append(Arrival(request_id, index, name, extent, self.groups))
+        rows = None
+        if self.rows_arrive and source.embedding is not None:
+            self.store.unpin(source.embedding)
+            self.store.discard(source.embedding)
+            rows = self.store.stage(self.layout.embedding_elements(span.length), self.now, transfer=True)
+            self.arena.embedding_view(rows, span.length).fill_(float("nan"))
+            source = replace(source, embedding=rows, rows_arrive=True)
+        self.arrivals.append(Arrival(request_id, index, name, extent, self.groups, rows))
         return replace(source, groups=self.groups, canary=Plan.parse(generation.plan).canary)
 
     def land(self, arrival: Arrival, *, damaged: bool = False) -> None:
@@ -72,12 +81,16 @@ class Site(World):
         kv = self.remote[arrival.name]
         self.arena.kv_view(arrival.extent, kv.shape[2])[a:b] = float("nan") if damaged else kv[a:b]
         arrival.landed += 1
+        if arrival.landed == 1 and arrival.rows is not None:
+            rows = self.embeddings[self.key(arrival.name)]
+            self.arena.embedding_view(arrival.rows, len(rows)).copy_(rows)
         self.engine.arrived(arrival.request_id, arrival.index, b)
 
     def admit(self, arrival: Arrival) -> None:
         arrival.over = True
         kv = self.store.commit(arrival.extent, pin=True)
-        self.engine.admit(arrival.request_id, arrival.index, kv)
+        rows = None if arrival.rows is None else self.store.commit(arrival.rows, pin=True)
+        self.engine.admit(arrival.request_id, arrival.index, kv, rows)
 
     def revoke(self, arrival: Arrival) -> None:
         """The span is computed instead, as the library does when no other holder is left."""
@@ -85,6 +98,8 @@ class Site(World):
         self.computed.add((arrival.request_id, arrival.index))
         self.engine.revoke(arrival.request_id, arrival.index)
         self.store.abort(arrival.extent)
+        if arrival.rows is not None:
+            self.store.abort(arrival.rows)
         result = self.results[arrival.request_id]
         if arrival.request_id in self.engine._sequences:
             result.unresolved = sorted({*result.unresolved, arrival.index})
@@ -147,9 +162,10 @@ def begun(site: Site, mode: Mode = Mode.GENERATE, **options: object) -> Result:
 
 
 @pytest.mark.parametrize("plan", ["none", "uniform:20", "pyramid:40-10", f"uniform:20+{CALM}", f"none+{JUMPY}"])
+@pytest.mark.parametrize("rows_arrive", [True, False])
 @pytest.mark.parametrize("groups", [(0, 4), (0, 2, 4), (0, 1, 2, 3, 4)], ids=str)
-def test_bit_for_bit_what_a_local_object_gives(plan: str, groups: tuple[int, ...]) -> None:
-    reference, site = with_objects(), streaming(groups=groups)
+def test_bit_for_bit_what_a_local_object_gives(plan: str, groups: tuple[int, ...], rows_arrive: bool) -> None:
+    reference, site = with_objects(), streaming(groups=groups, rows_arrive=rows_arrive)
     (expected,) = reference.run(generation(reference, plan), mode=Mode.PREFILL)
     result = begun(site, Mode.PREFILL, plan=plan)
     first, second = site.arrivals
@@ -327,6 +343,7 @@ def test_chunks_in_the_middle_of_an_arriving_picture() -> None:
 def test_sources_that_do_not_fit_are_refused() -> None:
     site = streaming()
     site.add(generation(site))
+    site.rows_arrive = False
     early = site._source("r", 0)
     with pytest.raises(ValueError, match="before its request is admitted"):
         site.engine.provide("r", 0, early)  # type: ignore[arg-type]
@@ -334,6 +351,8 @@ def test_sources_that_do_not_fit_are_refused() -> None:
     for groups in ((0, 2), (1, 4), (0, 2, 2, 4)):
         with pytest.raises(ValueError, match="no edges"):
             site.engine.provide("r", 0, replace(early, groups=groups))  # type: ignore[arg-type,type-var]
+    with pytest.raises(ValueError, match="rows arrive only"):
+        site.engine.provide("r", 0, replace(early, groups=(), rows_arrive=True))  # type: ignore[arg-type,type-var]
     site.engine.abort("r")
     site.engine.arrived("r", 0, 4)
     site.engine.revoke("r", 0)

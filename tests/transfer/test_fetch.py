@@ -237,6 +237,34 @@ async def test_a_prefix_is_a_staging_extent() -> None:
 
 
 @virtual
+async def test_what_has_no_layers_is_one_group() -> None:
+    """Encoder output, whole or its first rows: where it will be is known before, and that it is there, when it is."""
+    for prefix in (None, 24):
+        pair = Pair(Fault(delay_s=0.1))
+        made = pair.holder.put(ObjectKind.EMBEDDING, key(2), variant(2), 80)
+        told: list[object] = []
+        fetching = asyncio.create_task(
+            pair.reader.fetcher.fetch(
+                pair.holder.holds(made),
+                ObjectKind.EMBEDDING,
+                key(2),
+                80,
+                prefix=prefix,
+                on_group=lambda extent, a, b, told=told: told.append((extent, a, b)),  # type: ignore[misc]
+                on_extent=told.append,
+            )
+        )
+        await asyncio.sleep(0.05)
+        assert len(told) == 1
+        extent = await fetching
+        assert told == [extent, (extent, 0, 4)]
+        pair.reader.store.unpin(extent)
+        if prefix:
+            pair.reader.store.discard(extent)
+        await pair.settle()
+
+
+@virtual
 async def test_a_damaged_prefix_is_noticed_too() -> None:
     pair = Pair(Fault(corrupt=True))
     made = pair.holder.put(ObjectKind.EMBEDDING, key(2), variant(2), 80)
@@ -488,10 +516,6 @@ async def test_a_group_that_is_late_fails_the_whole() -> None:
 
 @virtual
 async def test_a_bad_question_is_the_callers_fault() -> None:
-    pair = Pair()
-    work = pair.reader.fetcher.fetch(pair.hint, ObjectKind.EMBEDDING, key(1), 8, on_group=lambda e, a, b: None)
-    await refused(work, ValueError)
-    await refused(pair.fetch(prefix=32, on_group=lambda e, a, b: None), ValueError)
     for limits in ({"lease_s": 5.0, "transfer_s": 5.0}, {"group_bytes": 0}):
         with pytest.raises(ValueError):
             FetchLimits(**limits)  # type: ignore[arg-type]

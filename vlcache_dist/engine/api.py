@@ -47,7 +47,8 @@ class Reuse:
     is the whole span's: if the probes deviate, the span and everything behind it are computed from it before the first
     token is released. ``groups``: edges of the layer groups in which ``kv`` is still arriving, (0, ..., num_layers); it
     is then neither committed nor pinned, and nothing that depends on it counts before ``Engine.admit``. Empty: all of
-    it is there. The rest is provenance for the report."""
+    it is there. With ``rows_arrive``, so is ``embedding``, and layers count as arrived once its rows are there. The
+    rest is provenance for the report."""
 
     kv: Extent
     depths: np.ndarray
@@ -57,6 +58,7 @@ class Reuse:
     holder: str = ""
     canary: Canary | None = None
     groups: tuple[int, ...] = ()
+    rows_arrive: bool = False
 
 
 # -- events -------------------------------------------------------------------------------------------------------

@@ -182,14 +182,16 @@ class Engine:
         if state is not None:
             state.layers_here = max(state.layers_here, num_layers)
 
-    def admit(self, request_id: str, span_index: int, kv: Extent) -> None:
-        """An arriving source is all there and valid, as ``kv`` (committed, pinned), which is taken over also if the
-        request is gone."""
+    def admit(self, request_id: str, span_index: int, kv: Extent, embedding: Extent | None = None) -> None:
+        """An arriving source is all there and valid, as ``kv`` and, with ``rows_arrive``, ``embedding`` (committed,
+        pinned), which are taken over also if the request is gone."""
         state = self._arriving(request_id, span_index)
         if state is None:
-            self.store.unpin(kv)
+            for extent in (kv, embedding):
+                if extent is not None:
+                    self._let_go(extent)
             return
-        self._sequences[request_id].admit(span_index, kv)
+        self._sequences[request_id].admit(span_index, kv, embedding)
         if self._stream is not None and self._stream.moved:
             self._drop_stream()
 
@@ -570,6 +572,8 @@ class Engine:
         else:
             if sequence.reuse is not ReuseMode.APPROX:
                 raise ValueError(f"{where}: reuse={sequence.reuse} takes no image KV")
+            if source.rows_arrive and not (source.groups and source.embedding):
+                raise ValueError(f"{where}: rows arrive only with KV that does")
             if source.groups and not sequence.blocks:
                 raise ValueError(f"{where}: a source cannot arrive before its request is admitted")
             if source.groups and not layer_edges(source.groups, self.layout.num_layers):
@@ -588,7 +592,7 @@ class Engine:
 
     def _take_source(self, sequence: Sequence, index: int, source: Compute | Reuse) -> None:
         state = sequence.spans[index]
-        if source.embedding is not None:
+        if source.embedding is not None and not (isinstance(source, Reuse) and source.rows_arrive):
             state.held.append(source.embedding)
         if isinstance(source, Reuse):
             if not source.groups:
@@ -607,7 +611,7 @@ class Engine:
 
     def _give_back(self, request_id: str, index: int, source: Compute | Reuse) -> None:
         """A source that is not needed."""
-        if source.embedding is not None:
+        if source.embedding is not None and not (isinstance(source, Reuse) and source.rows_arrive):
             self._let_go(source.embedding)
         if isinstance(source, Reuse):
             if not source.groups:

@@ -248,14 +248,18 @@ class Sequence:
         self._count_active()
         return escalated
 
-    def admit(self, index: int, kv: Extent) -> None:
-        """What was arriving is all there, and valid: ``kv`` is it."""
+    def admit(self, index: int, kv: Extent, embedding: Extent | None) -> None:
+        """What was arriving is all there, and valid: ``kv`` is it, and ``embedding`` if that was arriving too."""
         state = self.spans[index]
         assert isinstance(state.source, Reuse) and state.work is not None
         state.source = replace(state.source, kv=kv, groups=())
         state.work.kv_base = kv.offset
-        state.arriving, state.layers_here = False, self.num_layers
         state.held.append(kv)
+        if embedding is not None:
+            state.source = replace(state.source, embedding=embedding, rows_arrive=False)
+            state.work.embed_base = embedding.offset
+            state.held.append(embedding)
+        state.arriving, state.layers_here = False, self.num_layers
 
     def withdraw(self, index: int) -> None:
         """A source that was still arriving is lost: the span needs another one."""

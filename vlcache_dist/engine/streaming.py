@@ -93,13 +93,15 @@ class EagerPass:
         self._runner = runner
         self._scatter = ScatterBatch.from_step(step, runner.device)
         self._batch = ForwardBatch.from_step(step, runner.device)
-        self._x = runner.model.embed(self._batch, runner.arena.tensor)
+        self._x: torch.Tensor | None = None
 
     def run(self, start: int, stop: int) -> None:
         """See ``LayeredPass.run``."""
         runner, batch = self._runner, self._batch
         if self._scatter is not None:
             runner.model.scatter(self._scatter, runner.pages, runner.arena.tensor, start, stop)
+        if self._x is None:  # not earlier: encoder output arrives as well
+            self._x = runner.model.embed(batch, runner.arena.tensor)
         if batch.rows_kv[start]:
             self._x = runner.model.run_layers(self._x, batch, runner.pages, runner.arena.tensor, start, stop)
 
@@ -107,6 +109,7 @@ class EagerPass:
         """See ``LayeredPass.finish``."""
         if not params:
             return Pass(self._runner, None, ())
+        assert self._x is not None, "no layer was run"
         logits = self._runner.model.logits(self._x)
         return Pass(self._runner, sample(logits, SamplingBatch.build(params, draws, self._runner.device)), params)
 
@@ -121,7 +124,7 @@ class StreamedChunk:
         self._streamer = streamer
         self._edges = layer_groups(self.spans)
         self._next = 0  # group
-        self._places = [work.kv_base for work in chunk.spans]
+        self._places = [(work.kv_base, work.embed_base) for work in chunk.spans]
         self._layers = streamer.begin(step, self._edges)
         self._pass: Pass | None = None
         sequence.streaming = True
@@ -140,7 +143,7 @@ class StreamedChunk:
     @property
     def moved(self) -> bool:
         """A source was admitted in another place than it arrived in (its twin was there first)."""
-        return any(work.kv_base != place for work, place in zip(self.chunk.spans, self._places, strict=True))
+        return self._places != [(work.kv_base, work.embed_base) for work in self.chunk.spans]
 
     def advance(self) -> bool:
         """Enqueue the groups that can be computed; True once the last one, and the drawing of tokens, is enqueued."""

@@ -1,98 +1,119 @@
-"""A holder's KV on its way here, told to the engine group by group, and admitted or withdrawn at the end."""
+"""What is on its way here from another worker, told to the engine as it lands, and admitted or withdrawn at the end."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from vlcache_dist import wire
 from vlcache_dist.engine.bridge import OnEngine
 from vlcache_dist.errors import VLCacheError
 from vlcache_dist.kv.object_store import Extent
-from vlcache_dist.node import Node
-from vlcache_dist.types import MediaSpan, ObjectKind
+from vlcache_dist.transfer.fetch import OnExtent, OnGroup
+
+Fetch = Callable[[OnGroup, OnExtent], Coroutine[Any, Any, Extent | None]]
 
 
-class Arrival:
-    """One span's fetch. Its owner awaits ``begun``, gives the engine ``extent`` as a source with ``groups``, and then
-    awaits ``follow``; or takes the whole object with ``whole``. ``close`` must come in any case: what was fetched and
-    nobody took is let go there."""
+class Incoming:
+    """One fetch, seen while it runs. ``extent``: where the bytes are going; ``layers``: how many of them are there (of
+    encoder output: none, or all). ``close`` must come in any case: what was fetched and nobody took is let go there."""
 
-    def __init__(self, node: Node, holder: wire.Holder, span: MediaSpan, on_engine: OnEngine) -> None:
-        self.holder = holder
-        self.groups = node.layer_groups(holder, span)
+    def __init__(self, fetch: Fetch, let_go: Callable[[Extent], None]) -> None:
         self.extent: Extent | None = None
-        self._node = node
-        self._on_engine = on_engine
-        self._name: tuple[str, int] | None = None
-        self._layers = 0
+        self.layers = 0
+        self.told: Callable[[], None] | None = None  #: called whenever more has landed
+        self._let_go = let_go
         self._begun = asyncio.Event()
         self._taken = False
-        self._fetching = asyncio.create_task(
-            node.fetch(holder, ObjectKind.KV, span, on_group=self._group, on_extent=self._begin)
-        )
+        self._task = asyncio.create_task(fetch(self._group, self._begin))
 
     @property
     def over(self) -> bool:
-        return self._fetching.done()
+        return self._task.done()
 
     async def begun(self) -> None:
-        """Until ``extent`` says where the KV will be, or all of it is here, or nothing will be. Raises nothing."""
+        """Until ``extent`` is known, or the fetch is over. Raises nothing."""
         beginning = asyncio.create_task(self._begun.wait())
         try:
-            await asyncio.wait({beginning, self._fetching}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({beginning, self._task}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             beginning.cancel()
 
-    async def whole(self) -> Extent:
-        """The object, committed and pinned for the caller. Raises as ``Node.fetch``."""
-        extent = await asyncio.shield(self._fetching)
-        self._taken = True
-        return extent
+    async def valid(self) -> Extent | None:
+        """Until the object is admitted to the own store, pinned; it stays this object's until ``take``. Raises what the
+        fetch raises."""
+        return await asyncio.shield(self._task)
 
-    async def follow(self, request_id: str, index: int) -> VLCacheError | None:
-        """Tell the engine, which has ``extent`` as the span's source, of every further group, and of the end: admitted
-        (None), or withdrawn (why). Raises WorkerLost if the engine is gone."""
-        self._name = (request_id, index)
-        self._tell(self._layers)
-        try:
-            extent = await asyncio.shield(self._fetching)
-        except VLCacheError as error:
-            await asyncio.shield(_awaited(self._on_engine(lambda engine: engine.revoke(request_id, index))))
-            return error
-        self._taken = True  # by the engine, whatever becomes of the request
-        try:
-            await asyncio.shield(_awaited(self._on_engine(lambda engine: engine.admit(request_id, index, extent))))
-        except VLCacheError:
-            self._node.store.unpin(extent)
-            raise
-        return None
+    def take(self, taken: bool = True) -> None:
+        """What ``valid`` returned is the caller's now, or is not after all."""
+        self._taken = taken
 
     async def close(self) -> None:
         """Idempotent."""
-        self._name = None
-        self._fetching.cancel()
-        (outcome,) = await asyncio.gather(self._fetching, return_exceptions=True)
+        self.told = None
+        self._task.cancel()
+        (outcome,) = await asyncio.gather(self._task, return_exceptions=True)
         if isinstance(outcome, Extent) and not self._taken:
             self._taken = True
-            self._node.store.unpin(outcome)
+            self._let_go(outcome)
 
     def _begin(self, extent: Extent) -> None:
         self.extent = extent
         self._begun.set()
 
     def _group(self, extent: Extent, start: int, stop: int) -> None:
-        self.extent, self._layers = extent, stop
-        self._tell(stop)
+        self.layers = stop
+        if self.told is not None:
+            self.told()
 
-    def _tell(self, layers: int) -> None:
-        if self._name is None:
-            return
-        request_id, index = self._name
-        told = asyncio.ensure_future(
-            _awaited(self._on_engine(lambda engine: engine.arrived(request_id, index, layers)))
-        )
-        told.add_done_callback(_retrieve)
+
+class Arrival:
+    """One span's KV from ``holder`` in ``groups`` of layers, and the encoder output of the rows to recompute."""
+
+    def __init__(self, holder: wire.Holder, groups: tuple[int, ...], kv: Incoming, rows: Incoming) -> None:
+        self.holder, self.groups, self.kv, self.rows = holder, groups, kv, rows
+
+    @property
+    def layers(self) -> int:
+        """How many layers can be computed: none without the rows' input."""
+        return self.kv.layers if self.rows.over or self.rows.layers else 0
+
+    async def follow(self, on_engine: OnEngine, request_id: str, index: int) -> VLCacheError | None:
+        """Tell the engine, which has both extents as the span's source, of all that lands, and of the end: admitted
+        (None), or withdrawn (why). Raises WorkerLost if the engine is gone."""
+        rows_arrive = not self.rows.over
+
+        def tell() -> None:
+            layers = self.layers
+            told = asyncio.ensure_future(_awaited(on_engine(lambda engine: engine.arrived(request_id, index, layers))))
+            told.add_done_callback(_retrieve)
+
+        self.kv.told = self.rows.told = tell
+        tell()
+        try:
+            kv = await self.kv.valid()
+            rows = await self.rows.valid() if rows_arrive else None
+        except VLCacheError as error:
+            await asyncio.shield(_awaited(on_engine(lambda engine: engine.revoke(request_id, index))))
+            return error
+        assert kv is not None
+        taken = [self.kv, *([self.rows] if rows_arrive else [])]
+        admitting = asyncio.ensure_future(_awaited(on_engine(lambda engine: engine.admit(request_id, index, kv, rows))))
+        for incoming in taken:
+            incoming.take()  # by the engine, whatever becomes of the request
+        try:
+            await asyncio.shield(admitting)
+        except VLCacheError:
+            for incoming in taken:
+                incoming.take(False)
+            raise
+        return None
+
+    async def close(self) -> None:
+        """Idempotent."""
+        await self.kv.close()
+        await self.rows.close()
 
 
 async def _awaited(work: Awaitable[None]) -> None:

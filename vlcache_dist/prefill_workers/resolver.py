@@ -15,7 +15,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +39,10 @@ from vlcache_dist.errors import (
 )
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
-from vlcache_dist.prefill_workers.arrival import Arrival
+from vlcache_dist.prefill_workers.arrival import Arrival, Incoming
 from vlcache_dist.prefill_workers.production import LocalProduction
 from vlcache_dist.reuse.plan import Plan
+from vlcache_dist.transfer.fetch import OnExtent, OnGroup
 from vlcache_dist.types import ContentKey, KVSource, MediaSpan, ObjectKind, ReuseMode
 
 log = logging.getLogger(__name__)
@@ -74,7 +77,7 @@ class SpanResolver:
         self._settled.set()
         self._open: set[int] = set()  # spans without a source, or whose source is still arriving
         self._known: dict[tuple[ObjectKind, ContentKey], tuple[wire.Holder, ...]] = {}  # each used once
-        self._ahead: dict[ContentKey, tuple[Arrival, asyncio.Task[Extent | None]]] = {}
+        self._ahead: dict[ContentKey, Arrival] = {}
         self._heading: asyncio.Task[None] | None = None
 
     def head_start(self) -> None:
@@ -89,9 +92,8 @@ class SpanResolver:
             self._heading.cancel()
             await asyncio.gather(self._heading, return_exceptions=True)
         while self._ahead:
-            _, (arrival, rows) = self._ahead.popitem()
+            _, arrival = self._ahead.popitem()
             await arrival.close()
-            await self._drop_rows(rows)
 
     async def _head_start(self) -> None:
         missing: dict[ContentKey, MediaSpan] = {}
@@ -108,8 +110,7 @@ class SpanResolver:
                 self._known[kind, key] = self._node.holders_in(state, kind)
             others = [h for h in self._known[ObjectKind.KV, key] if h.worker_id != self._node.worker_id]
             if others:
-                arrival = Arrival(self._node, others[0], span, self._on_engine)
-                self._ahead[key] = arrival, asyncio.create_task(self._rows(span))
+                self._ahead[key] = self._order(span, others[0])
 
     async def _holders(self, kind: ObjectKind, key: ContentKey) -> tuple[wire.Holder, ...]:
         known = self._known.pop((kind, key), None)
@@ -151,7 +152,7 @@ class SpanResolver:
         """Until the engine has a source that is all there: what arrives in vain is replaced."""
         while arrival is not None:
             try:
-                error = await arrival.follow(self._generation.request_id, index)
+                error = await arrival.follow(self._on_engine, self._generation.request_id, index)
             finally:
                 await arrival.close()
             if error is None:
@@ -170,7 +171,8 @@ class SpanResolver:
     def _give_back(self, source: Compute | Reuse) -> None:
         store = self._node.store
         kv = source.kv if isinstance(source, Reuse) and not source.groups else None
-        for extent in (source.embedding, kv):
+        embedding = None if isinstance(source, Reuse) and source.rows_arrive else source.embedding
+        for extent in (embedding, kv):
             if extent is not None:
                 self._let_go(extent)
         if isinstance(source, Compute) and source.record is not None:
@@ -242,53 +244,66 @@ class SpanResolver:
                 return found
         return None
 
+    def _order(self, span: MediaSpan, holder: wire.Holder) -> Arrival:
+        """Begin to fetch a span's KV, and at the same time the encoder output of the rows to recompute."""
+        node = self._node
+
+        def fetch(on_group: OnGroup, on_extent: OnExtent) -> Coroutine[Any, Any, Extent | None]:
+            return node.fetch(holder, ObjectKind.KV, span, on_group=on_group, on_extent=on_extent)
+
+        def rows(on_group: OnGroup, on_extent: OnExtent) -> Coroutine[Any, Any, Extent | None]:
+            return self._rows(span, (on_group, on_extent))
+
+        groups = node.layer_groups(holder, span)
+        return Arrival(holder, groups, Incoming(fetch, self._let_go), Incoming(rows, self._let_go))
+
     async def _from_holder(self, span: MediaSpan, holder: wire.Holder) -> tuple[Reuse, Arrival | None] | None:
-        """KV from elsewhere, as soon as it is on its way. The encoder output of the rows to recompute comes at the same
-        time. None if the holder does not deliver."""
-        if span.key in self._ahead and self._ahead[span.key][0].holder == holder:
-            arrival, rows = self._ahead.pop(span.key)
+        """KV from elsewhere, as soon as it is on its way. None if the holder does not deliver."""
+        if span.key in self._ahead and self._ahead[span.key].holder == holder:
+            arrival = self._ahead.pop(span.key)
         else:
-            arrival = Arrival(self._node, holder, span, self._on_engine)
-            rows = asyncio.create_task(self._rows(span))
-        embedding: Extent | None = None
-        source: Reuse | None = None
+            arrival = self._order(span, holder)
+        kv, rows = arrival.kv, arrival.rows
+        streamed = False
         try:
-            await arrival.begun()
-            if arrival.extent is not None:
-                embedding = await asyncio.shield(rows)
-                if not arrival.over:
-                    source = self._reuse(span, arrival.extent, embedding, holder.worker_id, arrival.groups)
-                    return source, arrival
+            await kv.begun()
+            if kv.extent is not None:
+                await rows.begun()
             try:
-                kv = await arrival.whole()
+                embedding = await rows.valid() if rows.over else rows.extent
+                if kv.over or kv.extent is None:
+                    extent = await kv.valid()
+                    embedding = await rows.valid()
+                else:
+                    extent, streamed = kv.extent, True
             except VLCacheError as error:
+                if rows.over and rows.extent is None and kv.extent is not None:
+                    raise  # no encoder output is to be had from anywhere
                 log.warning("KV of %s not had from %s: %s", span.key.hex()[:16], holder.worker_id, error)
                 return None
-            source = self._reuse(span, kv, embedding, holder.worker_id)
-            return source, None
+            assert extent is not None
+            arriving = streamed and not rows.over
+            if not arriving:
+                rows.take()
+            if not streamed:
+                kv.take()
+                return self._reuse(span, extent, embedding, holder.worker_id), None
+            source = self._reuse(span, extent, embedding, holder.worker_id)
+            return replace(source, groups=arrival.groups, rows_arrive=arriving), arrival
         finally:
-            if source is None or not source.groups:
+            if not streamed:
                 await arrival.close()
-            if source is None:
-                await self._drop_rows(rows)
 
-    async def _rows(self, span: MediaSpan) -> Extent | None:
-        """Encoder output of what the plan recomputes, pinned; None if that is nothing."""
+    async def _rows(self, span: MediaSpan, watch: tuple[OnGroup, OnExtent] | None = None) -> Extent | None:
+        """Encoder output of what the plan recomputes, pinned; None if that is nothing. ``watch``: ``_embedding``."""
         recomputed = np.flatnonzero(self._plan.depths(span.length, self._node.layout.num_layers))
         if not len(recomputed):
             return None
         # A canary may ask for the whole span.
-        return await self._embedding(span, span.length if self._plan.canary is not None else int(recomputed[-1]) + 1)
+        rows = span.length if self._plan.canary is not None else int(recomputed[-1]) + 1
+        return await self._embedding(span, rows, watch)
 
-    async def _drop_rows(self, rows: asyncio.Task[Extent | None]) -> None:
-        rows.cancel()
-        (outcome,) = await asyncio.gather(rows, return_exceptions=True)
-        if isinstance(outcome, Extent):
-            self._let_go(outcome)
-
-    def _reuse(
-        self, span: MediaSpan, kv: Extent, embedding: Extent | None, holder: str = "", groups: tuple[int, ...] = ()
-    ) -> Reuse:
+    def _reuse(self, span: MediaSpan, kv: Extent, embedding: Extent | None, holder: str = "") -> Reuse:
         layout = self._node.layout
         return Reuse(
             kv,
@@ -298,7 +313,6 @@ class SpanResolver:
             kv.elements * layout.itemsize if holder else 0,
             holder,
             self._plan.canary,
-            groups,
         )
 
     # -- single flight ------------------------------------------------------------------------------------------
@@ -359,13 +373,16 @@ class SpanResolver:
 
     # -- encoder output -----------------------------------------------------------------------------------------
 
-    async def _embedding(self, span: MediaSpan, rows: int | None = None) -> Extent:
+    async def _embedding(
+        self, span: MediaSpan, rows: int | None = None, watch: tuple[OnGroup, OnExtent] | None = None
+    ) -> Extent:
         """The span's encoder output (its first ``rows`` rows at least), pinned. While a store is full of what running
-        requests hold, this waits for them."""
+        requests hold, this waits for them. ``watch`` is told of the first fetch, as by ``Node.fetch``; if that fails
+        after it was told of an extent, so does this."""
         pause = FIRST_PAUSE_S
         while True:
             try:
-                return await self._embedding_now(span, rows)
+                return await self._embedding_now(span, rows, watch)
             except StoreFull as error:
                 if time.monotonic() + pause > self._deadline:
                     raise Overloaded(f"no room for item {span.index}: {error}") from error
@@ -373,7 +390,7 @@ class SpanResolver:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    async def _embedding_now(self, span: MediaSpan, rows: int | None) -> Extent:
+    async def _embedding_now(self, span: MediaSpan, rows: int | None, watch: tuple[OnGroup, OnExtent] | None) -> Extent:
         """From the own store, a holder, or an encoder. Raises StoreFull if lack of room was all that was wrong."""
         if (extent := self._node.store.lookup(ObjectKind.EMBEDDING, span.key, pin=True)) is not None:
             return extent
@@ -382,11 +399,19 @@ class SpanResolver:
             for holder in await self._holders(ObjectKind.EMBEDDING, span.key):
                 if holder.worker_id == self._node.worker_id:
                     continue
+                begun: list[Extent] = []
+                on_group, on_extent = None, None
+                if watch is not None:
+                    on_group, on_extent = watch[0], _both(begun.append, watch[1])
                 try:
-                    return await self._node.fetch(holder, ObjectKind.EMBEDDING, span, rows=rows)
+                    return await self._node.fetch(
+                        holder, ObjectKind.EMBEDDING, span, rows=rows, on_group=on_group, on_extent=on_extent
+                    )
                 except StoreFull:
                     raise
                 except VLCacheError as error:
+                    if begun:
+                        raise
                     failures.append(error)
         for address in list(self._encoders(span.key))[:ENCODE_ATTEMPTS]:
             for _ in range(ENCODE_ATTEMPTS):
@@ -419,3 +444,11 @@ class SpanResolver:
         if private:
             self._node.forget(address, ObjectKind.EMBEDDING, span.key)
         return extent
+
+
+def _both(first: OnExtent, second: OnExtent) -> OnExtent:
+    def tell(extent: Extent) -> None:
+        first(extent)
+        second(extent)
+
+    return tell

@@ -153,20 +153,20 @@ class Fetcher:
         ``elements``: its whole size. ``prefix``: only so many leading elements, in a staging extent (committed,
         pinned). ``exact_variant``: no other variant will do.
 
-        ``on_group`` (KV only): called on the way, group by group in order of layers, so that computing on the first
-        ones can start. What it is told is *not admitted yet*: results count only if this call returns, and if it
-        raises, the extent is no longer the caller's. A caller that joins another's fetch hears of the same groups; of
-        all layers at once, and at the end, if the other did not ask for groups. ``on_extent``, only with ``on_group``:
-        called when the READs are about to begin, so that what is to be computed can be prepared.
+        ``on_group``: called on the way, group by group in order of layers, so that computing on the first ones can
+        start; what has no layers is one group. What it is told is *not admitted yet*: results count only if this call
+        returns, and if it raises, the extent is no longer the caller's. A caller that joins another's fetch hears of
+        the same groups; of all layers at once, and at the end, if the other did not ask for groups. ``on_extent``, only
+        with ``on_group``: called when the READs are about to begin, so that what is to be computed can be prepared.
 
         Raises CacheError, WorkerLost, DeadlineExceeded or ProtocolError.
         """
-        if on_group is not None and kind is not ObjectKind.KV:
-            raise ValueError(f"{kind} objects have no layers")
         if prefix is not None and prefix < elements:
+            watch = None
             if on_group is not None:
-                raise ValueError("a prefix has no layers")
-            return await self._counted(self._fetch(holder, kind, key, elements, prefix, exact_variant, meta, None))
+                watch = _Flight()
+                watch.listen(on_group, on_extent)
+            return await self._counted(self._fetch(holder, kind, key, elements, prefix, exact_variant, meta, watch))
         name = (kind, key, holder.variant, exact_variant)
         flight = self._flights.get(name)
         if flight is None:
@@ -328,7 +328,9 @@ class Fetcher:
         itemsize = self._layout.itemsize
         groups: list[tuple[int, int]] = []
         ranges, deadlines = [(0, extent.elements)], [deadline]
-        if on_group is not None:
+        if on_group is not None and extent.kind is not ObjectKind.KV:
+            groups = [(0, self._layout.num_layers)]
+        elif on_group is not None:
             edges = self.layer_groups(peer.worker_id, extent.elements)
             groups = list(pairwise(edges))
             num_tokens = extent.elements // self._layout.kv_token
