@@ -192,6 +192,7 @@ class _ray:
         if self._own:
             path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
             ray.init(
+                address="local",
                 num_cpus=4,
                 num_gpus=self._gpus,
                 include_dashboard=False,

@@ -26,12 +26,13 @@ from typing import Any
 import msgspec
 import torch
 
+from vlcache_dist.bench.shapes import model_config
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.transfer.base import PeerInfo, Piece
 from vlcache_dist.transfer.huge_pages import advise_huge_pages
 from vlcache_dist.transfer.nixl import NixlTransport
 
-IMAGE_BYTES = 1600 * 57344  #: KV of a 1,600-token image of the 7B model
+IMAGE_TOKENS = 1600
 SIZES = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30]
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=1, hidden=1, dtype="bfloat16", model="benchmark")
 DEADLINE_S = 60.0
@@ -50,6 +51,12 @@ def serve(device: str, nbytes: int) -> None:
     print(base64.b64encode(msgspec.msgpack.encode(transport.info)).decode(), file=replies, flush=True)
     sys.stdin.read()
     transport.close()
+
+
+def image_bytes(shape: str) -> int:
+    """KV in bf16 of an image of ``IMAGE_TOKENS`` of a model of that shape (7B: 92 MB)."""
+    text = model_config(shape).text
+    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * IMAGE_TOKENS * 2
 
 
 def measure(work: Callable[[], object], nbytes: int, seconds: float) -> list[float]:
