@@ -121,7 +121,7 @@ class BenchWorker:
         """Milliseconds of local and remote warm requests and of fetches: medians, minima, all values."""
         span = _span(key, tokens, 0)
         for kind in (ObjectKind.KV, ObjectKind.EMBEDDING):
-            while not await self.worker.node.holders(kind, key):  # the holder's announcement is on its way
+            while not await self.worker.node.holders(kind, key):  # noqa: ASYNC110 - the announcement is on its way
                 await asyncio.sleep(0.01)
         remote = await self._repeat(span, plan, KVSource.REMOTE, runs)
         before: EngineStats = self.worker.engine.stats()
