@@ -44,6 +44,7 @@ from vlcache_dist.types import ContentKey, ObjectKind, WorkerId
 log = logging.getLogger(__name__)
 
 DEFAULT_GROUP_BYTES = 16 << 20  #: from a peer that was not probed
+PROBES = 3  #: READs per size, when peers meet
 LEASE_SHARE = 0.9  #: of a lease's time, counted from when it was asked for, in which a READ must end
 
 
@@ -202,7 +203,7 @@ class Fetcher:
 
     async def introduce(self, worker_id: WorkerId, address: str, sizes: Sequence[int] = PROBE_SIZES) -> Link:
         """Shake hands with a peer and read so many bytes of its arena, whatever they hold, so that the first real READ
-        finds the way made. Returns the faster of two equal READs per size; sizes for which there is no free room here
+        finds the way made. Returns the fastest of ``PROBES`` equal READs per size; sizes for which there is no free room here
         (nothing is evicted for a probe), or that the peer's arena does not have, are left out. Raises as ``fetch``."""
         peer = await self._connect(worker_id, address)
         itemsize, points = self._layout.itemsize, []
@@ -210,7 +211,7 @@ class Fetcher:
         fitting = [size for size in sizes if size // itemsize <= room]
         for nbytes in fitting or [max(room, 1) * itemsize]:
             times = []
-            for _ in range(2):
+            for _ in range(PROBES):
                 extent = self._store.stage(nbytes // itemsize, self._clock(), transfer=True)
                 started = self._clock()
                 await self._read(peer, extent, 0, started + self._limits.transfer_s)
