@@ -203,8 +203,9 @@ class Fetcher:
 
     async def introduce(self, worker_id: WorkerId, address: str, sizes: Sequence[int] = PROBE_SIZES) -> Link:
         """Shake hands with a peer and read so many bytes of its arena, whatever they hold, so that the first real READ
-        finds the way made. Returns the fastest of ``PROBES`` equal READs per size; sizes for which there is no free room here
-        (nothing is evicted for a probe), or that the peer's arena does not have, are left out. Raises as ``fetch``."""
+        finds the way made. Returns the fastest of ``PROBES`` equal READs per size. Sizes for which there is no free
+        room here (nothing is evicted for a probe), or that the peer's arena does not have, are left out. Raises as
+        ``fetch``."""
         peer = await self._connect(worker_id, address)
         itemsize, points = self._layout.itemsize, []
         room = min(peer.nbytes // itemsize, self._store.stats().largest_free, self._store.max_quarantine // 2)
