@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -19,6 +18,10 @@ from rich.table import Table
 from vlcache_dist.config import Settings
 from vlcache_dist.errors import VLCacheError
 from vlcache_dist.loadtest.command import loadtest
+from vlcache_dist.localcluster.command import localcluster
+from vlcache_dist.serve.auth import ApiKeys
+from vlcache_dist.serve.keys import api_key
+from vlcache_dist.serve.readiness import use_token
 
 app = typer.Typer(
     help="Qwen2.5-VL serving in which an image is paid for once.", no_args_is_help=True, add_completion=False
@@ -27,6 +30,8 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Benchmarks; JSON out.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.command()(loadtest)
+app.command(context_settings={"allow_interspersed_args": False})(localcluster)
+app.command("api-key")(api_key)
 
 
 @app.command()
@@ -45,11 +50,14 @@ def serve(
     plan: Annotated[
         str, typer.Option(help="default recompute plan: none, uniform:5, pyramid:..., file:plan.json")
     ] = "uniform:5",
+    api_keys: Annotated[
+        Path | None, typer.Option(help="file with what `vlcache-dist api-key` prints; without one: loopback only")
+    ] = None,
     config: Annotated[str | None, typer.Option(help="JSON or YAML file with settings; options above win")] = None,
 ) -> None:
     """Start the whole system and serve until Ctrl-C."""
     if address is not None:
-        _use_ray_token()
+        use_token()
     from vlcache_dist.serve.cluster import running
 
     console = Console(stderr=True)
@@ -65,6 +73,7 @@ def serve(
             "decodes": decodes,
             "address": address,
             "gpus_per_worker": gpus_per_worker,
+            **_keys(api_keys),
         },
     )
     with _told(console), running(settings, say=lambda text: console.print(text, style="dim")) as url:
@@ -299,11 +308,12 @@ def calibrate(
 @app.command()
 def status(
     url: Annotated[str, typer.Option(help="base URL of a running server")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str, typer.Option(envvar="VLCACHE_API_KEY", help="where the server asks for one")] = "none",
     as_json: Annotated[bool, typer.Option("--json", help="everything the workers say")] = False,
 ) -> None:
     """What a running server's workers are doing."""
     try:
-        reply = httpx.get(f"{url}/status", timeout=10.0)
+        reply = httpx.get(f"{url}/status", headers={"authorization": f"Bearer {api_key}"}, timeout=10.0)
         reply.raise_for_status()
         report = reply.json()
     except (httpx.HTTPError, ValueError) as error:
@@ -337,10 +347,15 @@ def _status_row(worker: dict[str, Any]) -> list[str]:
     ]
 
 
-def _use_ray_token() -> None:
-    """A cluster that somebody started wants its token by default; Ray sends it only if told so before its import."""
-    if Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+def _keys(path: Path | None) -> dict[str, Any]:
+    """Digests travel with the settings, so that ingresses on other machines need not have the file."""
+    if path is None:
+        return {}
+    try:
+        return {"api_keys": ApiKeys.read(path).entries()}
+    except VLCacheError as error:
+        Console(stderr=True).print(f"{error.code}: {error}", style="red")
+        raise typer.Exit(2) from None
 
 
 def _settings(path: str | None, **sections: dict[str, Any]) -> Settings:

@@ -26,7 +26,7 @@ def test_groups_of_a_padded_pass_are_the_padded_pass() -> None:
     step = build_step([chunk], num_layers=layout.num_layers, block_size=4, kv_row=layout.kv_row, hidden=layout.hidden)
     shape = shape_for(step)
     assert shape is not None and shape.rows > len(step.token_ids), "padding must take part"
-    padded = PaddedStep.empty(shape)
+    padded = PaddedStep.empty(shape, 4)
     pad_step(step, shape, padded)
     tensors = [torch.from_numpy(array) for array in padded.arrays()]
     whole, grouped = site.pages.clone(), site.pages.clone()
@@ -57,7 +57,7 @@ def test_replayed_groups_equal_launched_ones() -> None:
     step = build_step([chunk], num_layers=text.num_layers, block_size=16, kv_row=layout_row, hidden=hidden)
     padded_shape = shape_for(step)
     assert padded_shape is not None
-    padded = PaddedStep.empty(padded_shape)
+    padded = PaddedStep.empty(padded_shape, 16)
     pad_step(step, padded_shape, padded)
     tensors = [torch.from_numpy(array).to(device) for array in padded.arrays()]
     expected = padded_logits(language, tensors, padded_shape, pages, arena)[:1].clone()

@@ -13,7 +13,7 @@ import torch
 
 from vlcache_dist import kernels
 from vlcache_dist.engine.batch import StepBatch
-from vlcache_dist.engine.graphs import GraphedForward
+from vlcache_dist.engine.graphs import GraphedForward, decode_shapes
 from vlcache_dist.kv.arena import Arena
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
@@ -67,6 +67,16 @@ class Runner:
         """Kernel by kernel: reused tokens into the pages, then the pass itself."""
         scatter, batch = ScatterBatch.from_step(step, self.device), ForwardBatch.from_step(step, self.device)
         return self.model.forward(batch, self.pages, self.arena.tensor, scatter)
+
+    def prepare_decode(self, max_batch: int, max_keys: int) -> None:
+        """Capture the graphs of decode steps before somebody waits for them."""
+        if self._graphs is not None:
+            for shape in decode_shapes(max_batch, max_keys):
+                self._graphs.capture(shape)
+
+    def prepare(self) -> bool:
+        """Do a piece of what will make coming steps faster; False if there is nothing left to prepare."""
+        return self._graphs is not None and self._graphs.capture_wanted()
 
     def pack(self, slots: np.ndarray, staging: Extent) -> None:
         """Copy the slots' rows (int64 [n]) into a staging extent of n rows; waits until they are there."""

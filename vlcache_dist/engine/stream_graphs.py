@@ -87,7 +87,7 @@ class GroupedForward:
         if len(self._grouped) >= MAX_GROUPED:
             torch.cuda.synchronize()
             self._grouped.popitem(last=False)
-        inputs = FixedInputs(PaddedStep.empty(shape).arrays(), self._pages.device)
+        inputs = FixedInputs(PaddedStep.empty(shape, self._pages.shape[3]).arrays(), self._pages.device)
         pad_step(step, shape, PaddedStep(*inputs.arrays))
         inputs.send()
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()

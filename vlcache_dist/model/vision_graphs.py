@@ -1,19 +1,21 @@
 """The vision tower replayed from CUDA graphs for small batches, whose kernels take less time than launching them.
 
-A graph is captured for a *shape*, at its second use, and a batch is padded to the least shape that holds it. Padding
+A graph is captured for a *shape*, at its third use (a camera's or a screen's pictures are all of one size; capturing
+takes longer than launching a few times), and a batch is padded to the least shape that holds it. Padding
 patches form windows and a frame of their own, so every row is computed, from finite values, and none meets an image's.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
 
+from vlcache_dist.model.capture import captured
 from vlcache_dist.model.upload import FixedInputs
 from vlcache_dist.model.vision_layout import VisionLayout
 
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 MOST_PATCHES = 8192  #: beyond it kernels hide their launches
 MAX_GRAPHS = 32
+PATIENCE = 3  #: uses after which a shape is captured
 
 #: (patches, order, row_column, windows, frames, longest_window, longest_frame) -> merged tokens in permuted order
 Encode = Callable[..., torch.Tensor]
@@ -93,7 +96,7 @@ class GraphedTower:
         self._device = device
         self._pixels = torch.zeros(MOST_PATCHES, patch_elements, device=device, dtype=dtype)
         self._graphs: OrderedDict[VisionShape, _Graph] = OrderedDict()
-        self._seen: set[VisionShape] = set()
+        self._uses: Counter[VisionShape] = Counter()  # without a graph
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, patches: torch.Tensor, layout: VisionLayout) -> torch.Tensor | None:
@@ -103,9 +106,11 @@ class GraphedTower:
         if shape is None:
             return None
         graph = self._graphs.get(shape)
-        if graph is None and shape not in self._seen:
-            self._seen.add(shape)
-            return None
+        if graph is None:
+            self._uses[shape] += 1
+            if self._uses[shape] < PATIENCE:
+                return None
+            del self._uses[shape]
         self._pixels[: len(patches)].copy_(patches)
         if graph is None:
             graph = self._capture(shape, layout)
@@ -125,17 +130,9 @@ class GraphedTower:
         inputs = FixedInputs(shape.arrays(merged), self._device)
         pad_layout(layout, shape, inputs.arrays)
         inputs.send()
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            self._forward(inputs, shape)
-        current.wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = self._forward(inputs, shape)
-        captured = self._graphs[shape] = _Graph(inputs, graph, out)
-        return captured
+        graph, out = captured(lambda: self._forward(inputs, shape), self._pool)
+        self._graphs[shape] = _Graph(inputs, graph, out)
+        return self._graphs[shape]
 
     def _forward(self, inputs: FixedInputs, shape: VisionShape) -> torch.Tensor:
         pixels = self._pixels[: shape.patches]
