@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import Any
 
 import ray
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 UNBOUNDED = 10_000  #: Serve's own limits; the ingress has its own (``max_ongoing``), with an answer in OpenAI's shape
 DRAIN_S = 10.0
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"  #: Ray's switch; HAProxy hides where requests come from
 
 
 @serve.deployment(name="ingress")
@@ -44,13 +46,13 @@ class Ingress:
     async def __init__(self, settings: dict[str, Any], *pools: DeploymentHandle) -> None:  # type: ignore[misc]
         self._settings = Settings.of(**settings)
         self._pools = pools
-        self._guard = Guard(ApiKeys.of(self._settings.serve))
+        own = self._settings.serve
+        self._guard = Guard(ApiKeys.of(own), addresses=own.direct or os.environ.get(HAPROXY) != "1")
         site = Site("ingress", ray.util.get_node_ip_address(), directory_of(self._settings))
         self._frontend = await asyncio.to_thread(build_frontend, self._settings, site)
         await self._frontend.start()
         self._app = self._build_app()
         self._listener: Listener | None = None
-        own = self._settings.serve
         if own.direct:
             self._listener = Listener(self._app, own.host, own.port)
             self._listener.start()
