@@ -33,10 +33,12 @@ class Mode(enum.StrEnum):
 class Compute:
     """Compute the span from its encoder output. ``embedding``: committed and pinned (of any kind but KV; a staging
     extent is discarded after use). ``record``: a FILLING extent of kind KV in which the span's KV is recorded under the
-    extent's key and variant, or None. A record that may not be completed comes back as ``RecordDropped``."""
+    extent's key and variant, or None. A record that may not be completed comes back as ``RecordDropped``.
+    ``remembered``: KV was there, and this context is known to be harmful (provenance)."""
 
     embedding: Extent
     record: Extent | None = None
+    remembered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ class Reuse:
     recomputed (``Plan.depths``). ``embedding`` as in ``Compute``; its first rows, up to the last one that is
     recomputed, are enough, and None if there is none. With ``canary``, ``depths`` include its probes and ``embedding``
     is the whole span's: if the probes deviate, the span and everything behind it are computed from it before the first
-    token is released. The rest is provenance for the report."""
+    token is released. The rest is provenance for the report. ``trusted``: nobody watches, since such contexts proved
+    harmless."""
 
     kv: Extent
     depths: np.ndarray
@@ -54,6 +57,7 @@ class Reuse:
     bytes_moved: int = 0
     holder: str = ""
     canary: Canary | None = None
+    trusted: bool = False
 
 
 # -- events -------------------------------------------------------------------------------------------------------
@@ -93,7 +97,9 @@ class RecordDropped:
 class PrefillDone:
     """All prompt tokens are computed; the first ``TokenEvent`` follows at once. ``cached_tokens`` counts prompt tokens
     that were not computed in full, ``computed_rows`` token-layers. Times in seconds of the caller's clock: from ``add``
-    to the first step, and from there to now."""
+    to the first step, and from there to now. ``discarded``: the first token of the pass that a canary threw away, with
+    its logprobs if the request asked for them; comparing it with the one that follows says whether the alarm was
+    right."""
 
     request_id: str
     reports: tuple[SpanReport, ...]
@@ -101,6 +107,7 @@ class PrefillDone:
     computed_rows: int
     queue_s: float
     compute_s: float
+    discarded: tuple[int, TokenLogprobs | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from vlcache_dist.engine.batch import ChunkWork, SpanWork, block_slots
 from vlcache_dist.kv.block_chain import BlockChain
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.kv.prefix_cache import PrefixCache
-from vlcache_dist.types import KVSource, MediaSpan, ReuseMode, SamplingParams, SpanReport
+from vlcache_dist.types import KVSource, MediaSpan, ReuseMode, SamplingParams, SpanReport, TokenLogprobs
 from vlcache_dist.wire import Generation
 
 
@@ -28,7 +28,7 @@ class SpanState:
     """A span and its source. ``cached``: its leading tokens that lie in the prefix hit (``length``: all of it, and no
     source is needed). ``work``: what batches need of it, until it is computed. ``held``: committed extents pinned for
     it. ``record``: the extent that its KV is recorded in. ``repeated``: an earlier span of the prompt has its key.
-    ``deviation``, ``escalated``: see ``SpanReport``."""
+    ``deviation``, ``escalated``, ``why``: see ``SpanReport``."""
 
     span: MediaSpan
     repeated: bool
@@ -39,6 +39,7 @@ class SpanState:
     held: list[Extent] = field(default_factory=list)
     deviation: float | None = None
     escalated: bool = False
+    why: str = ""
 
     @property
     def needs_source(self) -> bool:
@@ -50,7 +51,9 @@ class SpanState:
             return SpanReport(digest, KVSource.PREFIX, length, reused_tokens=length)
         if isinstance(self.source, Compute):
             source = KVSource.PREFIX if self.cached else KVSource.COMPUTED
-            return SpanReport(digest, source, length, reused_tokens=self.cached)
+            remembered = self.source.remembered
+            why = "remembered" if remembered else ""
+            return SpanReport(digest, source, length, reused_tokens=self.cached, escalated=remembered, why=why)
         depths = self.source.depths[self.cached :]
         recomputed = int((depths > 0).sum())
         return SpanReport(
@@ -64,6 +67,7 @@ class SpanState:
             holder=self.source.holder,
             deviation=self.deviation,
             escalated=self.escalated,
+            why="trusted" if self.source.trusted and not self.escalated else self.why,
         )
 
 
@@ -116,6 +120,7 @@ class Sequence:
         self._prefix_taint: int | None = None
         self.has_kv = mode is not Mode.DECODE  # a DECODE sequence cannot run before its KV is there
         self.handover: Handover | None = None
+        self.discarded: tuple[int, TokenLogprobs | None] | None = None  # first token of a pass that a canary threw away
         self.computed_rows = 0
         self.arrived = arrived
         self.admitted_at = arrived
@@ -216,6 +221,7 @@ class Sequence:
                     continue
                 state.source = replace(source, depths=np.full(span.length, self.num_layers, np.int32))
                 state.escalated = True
+                state.why = "canary" if state.deviation is not None and state.deviation > 1 else "earlier span"
                 escalated += 1
                 if self.chain is not None:
                     self.chain.set_variant(span.index, None)
