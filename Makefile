@@ -8,11 +8,11 @@ demo:  ## start a cluster on this machine, ask it about pictures, show what was 
 	@$(BIN)/vlcache-dist demo
 
 test:  ## all tests; those that need a GPU are skipped without one
-	@scripts/setup_env.sh test
+	@scripts/setup_env.sh test docs
 	@$(BIN)/python -m pytest -q
 
 lint:  ## style, types, import rules
-	@scripts/setup_env.sh test
+	@scripts/setup_env.sh test docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

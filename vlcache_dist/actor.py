@@ -9,18 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import msgspec
 import ray
 from ray import serve
+from ray.util import metrics as ray_metrics
 
 from vlcache_dist.assembly import Site
 from vlcache_dist.cache_directory.actor import resolver
 from vlcache_dist.config import Settings
+from vlcache_dist.errors import VLCacheError
+from vlcache_dist.metrics import HEALTHY, Metric, WorkerSamples, buckets
 from vlcache_dist.node import Node
 
 log = logging.getLogger(__name__)
+PUBLISH_S = 1.0
 
 
 class Worker(Protocol):
@@ -48,6 +53,7 @@ class WorkerReplica:
         limit_cpu_threads()
         self._worker = await asyncio.to_thread(type(self).build, parsed, site)
         await self._worker.start()
+        self._worker.node.spawn(publish(self._worker.node))
         log.info("%s listens at %s", self._worker.node.worker_id, self._worker.node.address)
 
     async def check_health(self) -> None:
@@ -59,6 +65,47 @@ class WorkerReplica:
         worker = getattr(self, "_worker", None)
         if worker is not None:
             await worker.close()
+
+
+class RaySink:
+    """Metrics to Ray, whose Prometheus endpoint on this node exports them (``metrics.Sink``)."""
+
+    def __init__(self) -> None:
+        self._instruments: dict[str, Any] = {}
+
+    def record(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        instrument = self._instruments.get(metric.name)
+        if instrument is None:
+            instrument = self._instruments[metric.name] = _instrument(metric)
+        tags = dict(labels)
+        if metric.kind == "counter":
+            if value > 0:  # Ray refuses to count nothing
+                instrument.inc(value, tags=tags)
+        elif metric.kind == "gauge":
+            instrument.set(value, tags=tags)
+        else:
+            instrument.observe(value, tags=tags)
+
+
+def _instrument(metric: Metric) -> Any:
+    if metric.kind == "counter":
+        return ray_metrics.Counter(metric.name, metric.help, metric.labels)
+    if metric.kind == "gauge":
+        return ray_metrics.Gauge(metric.name, metric.help, metric.labels)
+    return ray_metrics.Histogram(metric.name, metric.help, list(buckets(metric)), metric.labels)
+
+
+async def publish(node: Node) -> None:
+    """A worker's figures to Ray, once a second, for ever."""
+    samples, sink = WorkerSamples(node.name, node.role.value), RaySink()
+    while True:
+        try:
+            for metric, labels, value in samples.of(await node.status(), msgspec.to_builtins(node.load())):
+                sink.record(metric, value, labels)
+        except VLCacheError as error:  # the health check has the last word on a worker that cannot say how it is
+            log.info("%s has no figures to publish: %s", node.worker_id, error)
+            sink.record(HEALTHY, 0.0, {"worker": node.name, "role": node.role.value})
+        await asyncio.sleep(PUBLISH_S)
 
 
 def directory_of(settings: Settings) -> Any:

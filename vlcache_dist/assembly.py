@@ -6,6 +6,7 @@ call it off the event loop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ from vlcache_dist.cache_directory.client import Addresses
 from vlcache_dist.config import Settings
 from vlcache_dist.engine.build import Placement, build_engine, build_store, kv_layout
 from vlcache_dist.engine.engine import Engine
+from vlcache_dist.errors import ConfigError
 from vlcache_dist.hashing import ModelIdentity
+from vlcache_dist.kv.arena import free_bytes
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.model.weights import Checkpoint
 from vlcache_dist.node import Node
@@ -66,7 +69,9 @@ def nixl_transport(worker_id: WorkerId, arena: torch.Tensor, layout: KVLayout) -
 
 
 def make_node(settings: Settings, site: Site, role: Role, model: Model, transport: TransportFactory) -> Node:
-    """A worker's node: arena, store, transport, RPC, directory client."""
+    """A worker's node: arena, store, transport, RPC, directory client. Raises ConfigError if the role's part of the
+    model and the store do not fit the device."""
+    _require_memory(settings, role, model)
     arena, store = build_store(model.layout, settings.engine, model.placement.device)
     return Node(
         name=site.name,
@@ -78,6 +83,22 @@ def make_node(settings: Settings, site: Site, role: Role, model: Model, transpor
         make_transport=lambda worker_id: transport(worker_id, arena.tensor, model.layout),
         limits=FetchLimits(lease_s=settings.serve.lease_s, transfer_s=settings.serve.transfer_timeout_s),
     )
+
+
+def _require_memory(settings: Settings, role: Role, model: Model) -> None:
+    """Before anything is allocated: an allocator says less, and a machine's memory may be overcommitted."""
+    vision = role is Role.ENCODER
+    tensors = [t for name, t in model.checkpoint.tensors.items() if ("visual." in name) == vision]
+    weights = sum(math.prod(tensor.shape) for tensor in tensors) * model.layout.itemsize
+    store = settings.engine.store_bytes
+    device = model.placement.device
+    free = free_bytes(device)
+    if weights + store > free:
+        raise ConfigError(
+            f"{settings.model.model} does not fit: its {'vision encoder' if vision else 'language model'} takes "
+            f"{weights / 2**30:.2f} GiB and engine.store_bytes {store / 2**30:.2f} GiB, but {device} has "
+            f"{free / 2**30:.2f} GiB free; take a smaller model, a smaller store, or fewer workers per device"
+        )
 
 
 def make_engine(settings: Settings, model: Model, node: Node) -> Engine:

@@ -19,6 +19,9 @@ from rich.table import Table
 from vlcache_dist.config import Settings
 from vlcache_dist.errors import VLCacheError
 from vlcache_dist.loadtest.command import loadtest
+from vlcache_dist.localcluster.command import localcluster
+from vlcache_dist.serve.auth import ApiKeys
+from vlcache_dist.serve.keys import api_key
 
 app = typer.Typer(
     help="Qwen2.5-VL serving in which an image is paid for once.", no_args_is_help=True, add_completion=False
@@ -27,6 +30,8 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Benchmarks; JSON out.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 app.command()(loadtest)
+app.command(context_settings={"allow_interspersed_args": False})(localcluster)
+app.command("api-key")(api_key)
 
 
 @app.command()
@@ -45,6 +50,9 @@ def serve(
     plan: Annotated[
         str, typer.Option(help="default recompute plan: none, uniform:5, pyramid:..., file:plan.json")
     ] = "uniform:5",
+    api_keys: Annotated[
+        Path | None, typer.Option(help="file with what `vlcache-dist api-key` prints; without one: loopback only")
+    ] = None,
     config: Annotated[str | None, typer.Option(help="JSON or YAML file with settings; options above win")] = None,
 ) -> None:
     """Start the whole system and serve until Ctrl-C."""
@@ -65,6 +73,7 @@ def serve(
             "decodes": decodes,
             "address": address,
             "gpus_per_worker": gpus_per_worker,
+            **_keys(api_keys),
         },
     )
     with _told(console), running(settings, say=lambda text: console.print(text, style="dim")) as url:
@@ -120,6 +129,43 @@ def bench_ttft(
         table.add_column(name)
     for row in report["rows"]:
         table.add_row(*(f"{row[name]:.4g}" if row[name] is not None else "-" for name in names))
+    console.print(table)
+
+
+@bench_app.command("placement")
+def bench_placement(
+    json_file: Annotated[Path, typer.Option("--json", help="where the report goes")],
+    engine: Annotated[Path, typer.Option(help="a report of `bench ttft`: how long encoding and prefill take")],
+    trace: Annotated[
+        list[Path] | None,
+        typer.Option(help="recorded trace, or a load test's result.json; repeatable [default: planned workloads]"),
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="play traces at so many requests per second")] = None,
+    enlarge: Annotated[int, typer.Option(min=1, help="multiply the traces' vision tokens")] = 1,
+    prefills: Annotated[int, typer.Option(min=1)] = 4,
+    encoders: Annotated[int, typer.Option(min=1)] = 4,
+) -> None:
+    """Placement policies over traces of requests, in simulation."""
+    from vlcache_dist.bench import placement
+    from vlcache_dist.loadtest.trace import read
+
+    console = Console(stderr=True)
+    with _told(console):
+        traces = None
+        if trace is not None:
+            found = [each.enlarged(enlarge) for path in trace for each in read(path)]
+            traces = [each if rate is None else each.scaled(rate) for each in found]
+        pools = placement.Pools(prefills=prefills, encoders=encoders)
+        report = placement.run(traces, pools, placement.read_engine(engine))
+    json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    table = Table(title=f"mean / p90 TTFT in ms, simulated: {prefills} prefill workers, {encoders} encoders")
+    rows = {(row["trace"], row["policy"]): row for row in report["rows"]}
+    policies = list(dict.fromkeys(policy for _, policy in rows))
+    for name in ("trace", *policies):
+        table.add_column(name)
+    for name in report["traces"]:
+        figures = (rows[name, policy] for policy in policies)
+        table.add_row(name, *(f"{row['ttft_mean_ms']:.1f} / {row['ttft_p90_ms']:.1f}" for row in figures))
     console.print(table)
 
 
@@ -219,11 +265,12 @@ def calibrate(
 @app.command()
 def status(
     url: Annotated[str, typer.Option(help="base URL of a running server")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str, typer.Option(envvar="VLCACHE_API_KEY", help="where the server asks for one")] = "none",
     as_json: Annotated[bool, typer.Option("--json", help="everything the workers say")] = False,
 ) -> None:
     """What a running server's workers are doing."""
     try:
-        reply = httpx.get(f"{url}/status", timeout=10.0)
+        reply = httpx.get(f"{url}/status", headers={"authorization": f"Bearer {api_key}"}, timeout=10.0)
         reply.raise_for_status()
         report = reply.json()
     except (httpx.HTTPError, ValueError) as error:
@@ -261,6 +308,17 @@ def _use_ray_token() -> None:
     """A cluster that somebody started wants its token by default; Ray sends it only if told so before its import."""
     if Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _keys(path: Path | None) -> dict[str, Any]:
+    """Digests travel with the settings, so that ingresses on other machines need not have the file."""
+    if path is None:
+        return {}
+    try:
+        return {"api_keys": ApiKeys.read(path).entries()}
+    except VLCacheError as error:
+        Console(stderr=True).print(f"{error.code}: {error}", style="red")
+        raise typer.Exit(2) from None
 
 
 def _settings(path: str | None, **sections: dict[str, Any]) -> Settings:

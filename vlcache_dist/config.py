@@ -115,6 +115,9 @@ class ServeSettings(_Section):
     api_keys_file: str | None = Field(
         default=None, description="file with such entries, one per line, read where an ingress runs"
     )
+    placement: Literal["least-ttft", "affinity", "round-robin", "random"] = Field(
+        default="least-ttft", description="who prefills a request; the last three are for comparisons"
+    )
     directory_shards: int = Field(default=2, ge=1)
     transport: Literal["nixl", "memory"] = Field(
         default="nixl", description="'memory' works inside one process only (tests)"

@@ -375,29 +375,32 @@ class Node(FrontNode):
             if not bandwidth:
                 self._meet_at[worker_id] = time.monotonic() + MEET_AGAIN_S
 
-    async def _report(self, message: wire.Status, call: Call) -> wire.StatusReply:
+    async def status(self) -> dict[str, Any]:
+        """What ``wire.Status`` answers with. Raises WorkerLost if the engine has stopped."""
         own = self._status()
         if inspect.isawaitable(own):
             own = await own
         stats = self.store.stats()
-        return wire.StatusReply(
-            {
-                "worker_id": self.worker_id,
-                "pid": os.getpid(),
-                "healthy": self.healthy,
-                "draining": self._draining,
-                "device": str(self.arena.tensor.device),
-                "store": {name: getattr(stats, name) for name in stats.__slots__},
-                "store_itemsize": self.layout.itemsize,
-                "transfers": {
-                    "reads": self._fetcher.reads,
-                    "bytes_read": self._fetcher.bytes_read,
-                    "failures": dict(self._fetcher.failures),
-                    "bandwidth": dict(self._bandwidth),
-                },
-                **own,
-            }
-        )
+        return {
+            "worker_id": self.worker_id,
+            "address": self.address,
+            "pid": os.getpid(),
+            "healthy": self.healthy,
+            "draining": self._draining,
+            "device": str(self.arena.tensor.device),
+            "store": {name: getattr(stats, name) for name in stats.__slots__},
+            "store_itemsize": self.layout.itemsize,
+            "transfers": {
+                "reads": self._fetcher.reads,
+                "bytes_read": self._fetcher.bytes_read,
+                "failures": dict(self._fetcher.failures),
+                "bandwidth": dict(self._bandwidth),
+            },
+            **own,
+        }
+
+    async def _report(self, message: wire.Status, call: Call) -> wire.StatusReply:
+        return wire.StatusReply(await self.status())
 
     async def _drain(self, message: wire.Drain, call: Call) -> wire.Ok:
         self._draining = self._directory.draining = True

@@ -51,7 +51,8 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     kv_blocks_total: int = 0
     store_bytes_used: int = 0
     store_bytes_total: int = 0
-    tokens_per_s: float = 0.0  #: measured, recent; 0 if unknown
+    pass_s: float = 0.0  #: measured, recent: seconds of a forward pass besides its tokens; 0 if unknown, as below
+    token_s: float = 0.0  #: seconds of an active token; of an encoder: of a vision token
     read_bytes_per_s: dict[WorkerId, float] = {}  #: measured per peer; 0 if it cannot be read from
 
 

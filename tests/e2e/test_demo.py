@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import leftovers
 import pytest
 
-ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "VLCACHE_TEST_MARK": str(os.getpid())}
-
-
-def _children() -> set[int]:
-    """Processes that carry this test's mark in their environment: everything the command started, also detached."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                environment = (entry / "environ").read_bytes()
-                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            except OSError:
-                continue
-            if f"VLCACHE_TEST_MARK={os.getpid()}".encode() in environment and state != "Z":
-                found.add(int(entry.name))
-    return found
-
-
-def _gone(patience_s: float = 15.0) -> bool:
-    deadline = time.monotonic() + patience_s
-    while _children() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return not _children()
+ENVIRONMENT = leftovers.marked()
 
 
 @pytest.fixture(autouse=True)
 def _no_survivors():
     yield
-    for pid in _children():
-        os.kill(pid, signal.SIGKILL)
+    leftovers.kill()
 
 
 def test_the_demo_reuses_an_image_across_workers_and_answers_right() -> None:
@@ -58,7 +34,7 @@ def test_the_demo_reuses_an_image_across_workers_and_answers_right() -> None:
     assert warm["bytes_moved"] == 144 * 2 * 10 * 2 * 64 * 4  # tokens x K and V x layers x KV heads x head size x fp32
     slot = rows["same slot, other pictures"]
     assert slot["kv_source"] == "remote" and slot["vision_tokens"] == 192 and slot["reused_tokens"] == 60
-    assert _gone(), "the demo left processes behind"
+    assert leftovers.gone(), "the demo left processes behind"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -73,4 +49,4 @@ def test_nothing_is_left_when_the_demo_is_interrupted(number: signal.Signals) ->
         process.send_signal(number)
         said = process.stderr.read()
         assert process.wait(timeout=60) == 130, said
-    assert _gone(), "an interrupted demo left processes behind"
+    assert leftovers.gone(), "an interrupted demo left processes behind"

@@ -13,7 +13,7 @@ from vlcache_dist.loadtest.counters import (
     rise,
 )
 from vlcache_dist.loadtest.records import Record
-from vlcache_dist.metrics import Metrics
+from vlcache_dist.metrics import REQUESTS, Metrics
 
 
 def record(index: int = 0, status: str = "answered", http_status: int = 200, source: str = "local") -> Record:
@@ -38,7 +38,7 @@ def counted(*records: Record) -> dict[str, float]:
     """What the server's own metrics say after these requests."""
     metrics = Metrics()
     for each in records:
-        metrics.requests.labels(str(each.http_status)).inc()
+        metrics.record(REQUESTS, status=str(each.http_status))
         if each.status == "answered":
             answer = {"images": list(each.images)}
             metrics.finished(each.prompt_tokens, each.cached_tokens, each.completion_tokens, answer)

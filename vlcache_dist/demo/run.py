@@ -53,13 +53,13 @@ class Report(msgspec.Struct, frozen=True):
     ok: bool
 
 
-def ask(url: str, messages: list[dict[str, Any]], **vlcache: Any) -> Answer:
+def ask(client: httpx.Client, messages: list[dict[str, Any]], **vlcache: Any) -> Answer:
     """Stream one chat completion. Raises httpx.HTTPError or RuntimeError with the server's message."""
     body = {"model": "tiny", "messages": messages, "stream": True, "max_tokens": 16, "vlcache": vlcache}
     text, first = "", 0.0
     extension: dict[str, Any] = {}
     started = time.perf_counter()
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=REQUEST_TIMEOUT_S) as reply:
+    with client.stream("POST", "/v1/chat/completions", json=body) as reply:
         if reply.status_code != 200:
             raise RuntimeError(f"HTTP {reply.status_code}: {reply.read().decode(errors='replace')}")
         for line in reply.iter_lines():
@@ -76,17 +76,21 @@ def ask(url: str, messages: list[dict[str, Any]], **vlcache: Any) -> Answer:
     return Answer(text, ((first or time.perf_counter()) - started) * 1e3, extension)
 
 
-def run(url: str, say: Callable[[str], None]) -> Report:
+def run(url: str, say: Callable[[str], None], *, api_key: str = "none") -> Report:
     """Ask everything once with reuse and once without. Needs two prefill workers."""
-    with tempfile.TemporaryDirectory(prefix="vlcache-demo-") as folder:
+    headers = {"authorization": f"Bearer {api_key}"}
+    with (
+        tempfile.TemporaryDirectory(prefix="vlcache-demo-") as folder,
+        httpx.Client(base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S) as client,
+    ):
         asked = questions(save_pictures(Path(folder)))
-        workers = _prefill_workers(url)
+        workers = _prefill_workers(client)
         for worker in workers:
-            ask(url, warm_up(Path(folder)), reuse="off", prefill_worker=worker)
+            ask(client, warm_up(Path(folder)), reuse="off", prefill_worker=worker)
         rows = []
         for number, question in enumerate(asked, start=1):
             say(f"[{number}/{len(asked)}] {question.name}")
-            rows.append(_row(url, question, workers[question.worker]))
+            rows.append(_row(client, question, workers[question.worker]))
     remote = any(row.kv_source == "remote" and row.reused_tokens > 0 for row in rows)
     return Report(rows, remote and all(row.correct and row.matches_full for row in rows))
 
@@ -120,9 +124,9 @@ def show(report: Report, console: Console) -> None:
         console.print("FAILED: " + ("an answer is wrong" if remote else "no image KV came from another worker"))
 
 
-def _row(url: str, question: Question, worker: str) -> Row:
-    answer = ask(url, question.messages, prefill_worker=worker)
-    full = ask(url, question.messages, prefill_worker=worker, reuse="off")
+def _row(client: httpx.Client, question: Question, worker: str) -> Row:
+    answer = ask(client, question.messages, prefill_worker=worker)
+    full = ask(client, question.messages, prefill_worker=worker, reuse="off")
     images = answer.vlcache["images"]
     return Row(
         name=question.name,
@@ -142,8 +146,8 @@ def _row(url: str, question: Question, worker: str) -> Row:
     )
 
 
-def _prefill_workers(url: str) -> list[str]:
-    status = httpx.get(f"{url}/status", timeout=10.0).json()
+def _prefill_workers(client: httpx.Client) -> list[str]:
+    status = client.get("/status").raise_for_status().json()
     names = sorted(worker["name"] for worker in status["workers"] if worker["role"] == "prefill")
     if len(names) < 2:
         raise RuntimeError(f"the demo needs two prefill workers, there are {len(names)}")

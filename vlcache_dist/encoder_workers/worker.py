@@ -100,7 +100,7 @@ class EncoderWorker:
             running=len(self._tasks) - len(self._scheduler),
             waiting=len(self._scheduler),
             waiting_tokens=self._scheduler.waiting_tokens,
-            tokens_per_s=self.encoded_tokens / self.busy_s if self.busy_s else 0.0,
+            token_s=self.busy_s / self.encoded_tokens if self.encoded_tokens else 0.0,
         )
 
     def status(self) -> dict[str, object]:

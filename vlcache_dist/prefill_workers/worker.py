@@ -24,12 +24,11 @@ from vlcache_dist.errors import DeadlineExceeded, EngineError, StoreFull, Worker
 from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.production import LocalProduction
 from vlcache_dist.prefill_workers.resolver import SpanResolver
+from vlcache_dist.prefill_workers.speed import PassSpeed
 from vlcache_dist.rpc import Call
 from vlcache_dist.types import ObjectKind, ReuseMode, Role
 
 log = logging.getLogger(__name__)
-SPEED_WEIGHT = 0.3  #: of the latest measurement in the reported tokens/s
-MEASURE_S = 0.05  #: engine time that a measurement covers at least
 EXPORT_PATIENCE_S, EXPORT_PAUSE_S = 5.0, 0.02  #: with a store that is full of other handoffs
 
 
@@ -52,8 +51,7 @@ class PrefillWorker:
         self._production = LocalProduction()
         self._resolvers: dict[str, SpanResolver] = {}
         self._parked: dict[str, _Parked] = {}
-        self._tokens_per_s = 0.0  # active tokens per second of engine time
-        self._measured = (0, 0.0)  # rows and seconds that the figure above includes
+        self._speed = PassSpeed()
         node.handle(wire.Prefill, self.prefill)
         node.handle(wire.ReleaseHandoff, self.release_handoff)
         node.on_load(self.load)
@@ -72,18 +70,15 @@ class PrefillWorker:
 
     def load(self) -> wire.WorkerLoad:
         stats = self.engine.stats()
-        rows, busy_s = stats.layer_rows[0], self._bridge.busy_s
-        if busy_s - self._measured[1] > MEASURE_S:
-            speed = (rows - self._measured[0]) / (busy_s - self._measured[1])
-            self._tokens_per_s += (speed - self._tokens_per_s) * (SPEED_WEIGHT if self._tokens_per_s else 1.0)
-            self._measured = (rows, busy_s)
+        self._speed.observe(stats.steps, stats.layer_rows[0], self._bridge.busy_s)
         return wire.WorkerLoad(
             running=stats.running,
             waiting=stats.waiting,
             waiting_tokens=stats.waiting_tokens,
             kv_blocks_free=stats.blocks_free,
             kv_blocks_total=stats.blocks_total,
-            tokens_per_s=self._tokens_per_s,
+            pass_s=self._speed.pass_s,
+            token_s=self._speed.token_s,
         )
 
     async def status(self) -> dict[str, object]:
@@ -92,7 +87,8 @@ class PrefillWorker:
             "engine": msgspec.to_builtins(stats),
             "parked": len(self._parked),
             "producing": len(self._production),
-            "tokens_per_s": self._tokens_per_s,
+            "pass_s": self._speed.pass_s,
+            "token_s": self._speed.token_s,
         }
 
     async def prefill(self, message: wire.Prefill, call: Call) -> AsyncIterator[wire.Prefilled | wire.Tokens]:

@@ -15,16 +15,18 @@ from fastapi import Depends, FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from vlcache_dist.actor import directory_of
+from vlcache_dist.actor import RaySink, directory_of
 from vlcache_dist.assembly import Site
 from vlcache_dist.cache_directory.actor import ensure_directory
 from vlcache_dist.config import Settings
 from vlcache_dist.decode_workers.actor import DecodeReplica
 from vlcache_dist.encoder_workers.actor import EncoderReplica
+from vlcache_dist.metrics import Metrics
 from vlcache_dist.prefill_workers.actor import PrefillReplica
 from vlcache_dist.serve.auth import ApiKeys, Guard
 from vlcache_dist.serve.build import build_frontend
 from vlcache_dist.serve.http import admission, create_app
+from vlcache_dist.serve.readiness import pool_resource
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,11 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         own = self._settings.serve
         app = create_app(
-            self._frontend, max_body_bytes=own.max_body_bytes, max_ongoing=own.max_ongoing, guard=self._guard
+            self._frontend,
+            max_body_bytes=own.max_body_bytes,
+            max_ongoing=own.max_ongoing,
+            metrics=Metrics(RaySink()),
+            guard=self._guard,
         )
 
         @app.get("/status", dependencies=[Depends(admission(self._guard))])
@@ -61,11 +67,6 @@ class Ingress:
         frontend = getattr(self, "_frontend", None)
         if frontend is not None:
             await frontend.close()
-
-
-def pool_resource(role: str) -> str:
-    """The custom Ray resource of a pool's nodes (``serve.pool_resources``)."""
-    return f"{role}_pool"
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:

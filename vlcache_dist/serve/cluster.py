@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
-from types import FrameType
 
-import httpx
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from vlcache_dist.cache_directory.actor import shutdown_directory
 from vlcache_dist.config import Settings
-from vlcache_dist.errors import ConfigError, WorkerLost
+from vlcache_dist.errors import ConfigError
+from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
+from vlcache_dist.model.weights import Checkpoint
 from vlcache_dist.serve.app import build
+from vlcache_dist.serve.auth import require_keys
+from vlcache_dist.serve.readiness import require_room, wait_until_ready
 
 log = logging.getLogger(__name__)
 
@@ -32,23 +32,39 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
 
     Starts a Ray cluster on this machine unless ``settings.serve.address`` names one. Whatever happens inside, SIGINT
     and SIGTERM included, everything that was started here is stopped; a cluster that was joined keeps running without
-    the application. Raises WorkerLost if the pools are not ready in time, ConfigError if the port is taken.
+    the application. Raises CheckpointError for a model that is not there, WorkerLost if a worker cannot start or the
+    pools are not ready in time, ConfigError if the port is taken, the cluster too small, or the endpoint open to others
+    without API keys.
     """
     own = settings.serve
+    require_keys(own)
+    if own.address is None:
+        say(f"opening {settings.model.model}")  # what every worker would stumble over, a hub that is out of reach say
+        Checkpoint.open(settings.model.model, settings.model.revision)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _terminate_as_interrupt() as again:
+    with terminate_as_interrupt() as again:
         try:
             say("starting Ray" if own.address is None else f"joining Ray at {own.address}")
             port = _start_ray(settings)
             again()  # Ray has put a handler of its own in place, which aborts the process after 3 s
             say(f"starting {own.encoders} encoder, {own.prefills} prefill and {own.decodes} decode workers")
+            if own.address is None:  # a cluster that was joined may grow
+                require_room(own, _node_resources())
             serve.start(http_options={"host": own.host, "port": port}, logging_config={"enable_access_log": False})
-            serve.run(build(settings.model_dump(mode="json")), name=own.app_name, blocking=False)
+            target = serve.RunTarget(target=build(settings.model_dump(mode="json")), name=own.app_name)
+            serve.run_many([target], wait_for_applications_running=False)
             url = f"http://{'127.0.0.1' if own.host in ('0.0.0.0', '::') else own.host}:{port}"
-            _wait_until_ready(url, settings, ready_s, say)
+            wait_until_ready(
+                url,
+                own,
+                ready_s,
+                failures=lambda: _failures(own.app_name),
+                room=lambda: require_room(own, _node_resources()),
+                say=say,
+            )
             yield url
         finally:
-            with _uninterrupted():
+            with uninterrupted():
                 say("stopping")
                 _stop(settings)
 
@@ -60,7 +76,8 @@ def _start_ray(settings: Settings) -> int:
         raise ConfigError(f"port {own.port} of {own.host} is taken: choose another with --port")
     quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     if own.address is None:
-        ray.init(num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
+        # "local": a cluster that somebody else runs on this machine is not to be joined unasked.
+        ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
         return port
     _check_reachable(own.address)
     try:
@@ -73,25 +90,23 @@ def _start_ray(settings: Settings) -> int:
     return port
 
 
-def _wait_until_ready(url: str, settings: Settings, ready_s: float, say: Callable[[str], None]) -> None:
-    """Until every worker of every pool has joined the directory."""
-    own = settings.serve
-    wanted = {"encoder": own.encoders, "prefill": own.prefills, "decode": own.decodes}
-    if not own.decodes:
-        wanted = {"encoder": own.encoders, "colocated": own.prefills}
-    deadline = time.monotonic() + ready_s
-    seen: dict[str, int] = {}
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.HTTPError, ValueError):
-            reply = httpx.get(f"{url}/healthz", timeout=5.0)
-            workers = reply.json().get("workers", {}) if reply.status_code == 200 else {}
-            if workers != seen:
-                seen = workers
-                say(f"ready: {', '.join(f'{n} {role}' for role, n in sorted(seen.items())) or 'nobody yet'}")
-            if all(seen.get(role, 0) >= count for role, count in wanted.items()):
-                return
-        time.sleep(0.1)
-    raise WorkerLost(f"after {ready_s:.0f} s the pools have {seen}, not {wanted}")
+def _failures(app_name: str) -> dict[str, str]:
+    """Messages of the application's deployments that Serve has tried to start in vain, by name."""
+    application = serve.status().applications.get(app_name)
+    if application is None:
+        return {}
+    found = {
+        name: deployment.message
+        for name, deployment in application.deployments.items()
+        if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY") or "Traceback" in deployment.message
+    }
+    if not found and application.status == "DEPLOY_FAILED":
+        return {app_name: application.message}
+    return found
+
+
+def _node_resources() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _stop(settings: Settings) -> None:
@@ -99,7 +114,8 @@ def _stop(settings: Settings) -> None:
     if not ray.is_initialized():
         return
     try:
-        serve.delete(own.app_name)
+        with contextlib.suppress(RayServeException):  # Serve was not started yet
+            serve.delete(own.app_name)
         shutdown_directory(own.app_name, own.directory_shards)
     finally:
         ray.shutdown()
@@ -130,39 +146,3 @@ def _is_free(host: str, port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[Callable[[], None]]:
-    """SIGTERM unwinds the stack as Ctrl-C does; yields a function that takes the signal over once more."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # the caller has its own way to stop
-        yield lambda: None
-        return
-
-    def again() -> None:
-        signal.signal(signal.SIGTERM, interrupt)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield again
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C must not leave half of the cluster behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

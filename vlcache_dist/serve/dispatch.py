@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from vlcache_dist import wire
 from vlcache_dist.errors import WorkerLost
-from vlcache_dist.serve.placement import Candidate, Choice, Costs, Demand, choose
+from vlcache_dist.serve.placement import Candidate, Choice, Costs, Demand, Policy, Turns, choose, least_ttft
 from vlcache_dist.types import Role, WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class _Foreign:
+    """What other ingresses have sent to a worker: its heartbeat less what this one had under way when it came."""
+
+    load: wire.WorkerLoad
+    queued: int
+    tokens: int
 
 
 class Dispatcher:
     """One event loop's. ``members`` returns the directory's latest list. Requests in flight are counted here, because
     heartbeats are older than the last requests."""
 
-    def __init__(self, members: Callable[[], Sequence[wire.Member]], costs: Costs) -> None:
+    def __init__(self, members: Callable[[], Sequence[wire.Member]], costs: Costs, policy: Policy = least_ttft) -> None:
         self._members = members
         self._costs = costs
+        self._policy = policy
         self._sent: dict[WorkerId, int] = {}  # active tokens of unanswered prefills
+        self._requests: dict[WorkerId, int] = {}  # and how many these are
+        self._foreign: dict[WorkerId, _Foreign] = {}
         self._streams: dict[WorkerId, int] = {}  # sequences decoding
-        self._turn = 0
-        self._last: dict[WorkerId, int] = {}
+        self._turns = Turns()
 
     def workers(self, *roles: Role) -> list[wire.Member]:
         """Living members of these roles, by name."""
@@ -42,21 +54,38 @@ class Dispatcher:
         if nobody is, BadRequest for an unknown ``pin``."""
         members = self.workers(Role.PREFILL, Role.COLOCATED)
         exclude = self._avoidable([m for m in members if pin in (None, m.info.name, m.info.worker_id)], exclude)
-        candidates = [
-            Candidate(
-                m.info.worker_id,
-                m.info.name,
-                max(m.load.waiting_tokens, self._sent.get(m.info.worker_id, 0)),
-                m.load.tokens_per_s,
-                m.load.read_bytes_per_s,
-                m.info.draining,
-            )
-            for m in members
-        ]
-        choice = choose(candidates, demand, self._costs, last_chosen=self._last, pin=pin, exclude=exclude)
-        self._turn += 1
-        self._last[choice.worker_id] = self._turn
+        candidates = self._candidates(members)
+        choice = choose(
+            candidates, demand, self._costs, turns=self._turns, policy=self._policy, pin=pin, exclude=exclude
+        )
+        self._turns.taken(choice.worker_id)
         return self.member(choice.worker_id), choice
+
+    def _candidates(self, members: Sequence[wire.Member]) -> list[Candidate]:
+        """What this ingress has sent is known to the moment; what others have sent, as of the last heartbeat."""
+        found, foreign = [], {}
+        for member in members:
+            worker_id, load = member.info.worker_id, member.load
+            queued, tokens = self._requests.get(worker_id, 0), self._sent.get(worker_id, 0)
+            known = self._foreign.get(worker_id)
+            if known is None or known.load is not load:
+                waiting = load.waiting + load.running
+                known = _Foreign(load, max(0, waiting - queued), max(0, load.waiting_tokens - tokens))
+            foreign[worker_id] = known
+            found.append(
+                Candidate(
+                    worker_id,
+                    member.info.name,
+                    queued + (known.queued if known.tokens else 0),
+                    tokens + known.tokens,
+                    load.pass_s,
+                    load.token_s,
+                    load.read_bytes_per_s,
+                    member.info.draining,
+                )
+            )
+        self._foreign = foreign
+        return found
 
     def choose_decode(self, exclude: Iterable[WorkerId]) -> wire.Member:
         """The decode worker with the fewest sequences; ``exclude`` as above. Raises WorkerLost if there is none."""
@@ -75,7 +104,7 @@ class Dispatcher:
     @contextmanager
     def prefilling(self, worker_id: WorkerId, active_tokens: int) -> Iterator[None]:
         """Count a request in flight."""
-        with _counted(self._sent, worker_id, active_tokens):
+        with _counted(self._sent, worker_id, active_tokens), _counted(self._requests, worker_id, 1):
             yield
 
     @contextmanager

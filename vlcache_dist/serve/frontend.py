@@ -38,7 +38,7 @@ from vlcache_dist.reuse.plan_file import resolve_plan
 from vlcache_dist.rpc import Call, Reply
 from vlcache_dist.serve.chat import AnswerStream, ChatEvent, ChatRequest, Done, provenance
 from vlcache_dist.serve.dispatch import Dispatcher
-from vlcache_dist.serve.placement import Costs, Demand, SpanDemand
+from vlcache_dist.serve.placement import POLICIES, Costs, Demand, SpanDemand
 from vlcache_dist.types import FinishReason, ReuseMode, Role, SamplingParams, TokenLogprobs, WorkerId
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Frontend:
         self._tokens = TokenText(prompts.tokenizer)
         self._fetcher = MediaFetcher(settings.media)
         self._media: dict[str, list[MediaItem]] = {}
-        self._dispatch = Dispatcher(node.members, costs or Costs())
+        self._dispatch = Dispatcher(node.members, costs or Costs(), POLICIES[settings.serve.placement])
         self._default_plan = str(resolve_plan(settings.engine.plan, model=layout.model, num_layers=layout.num_layers))
         node.handle(wire.GetMedia, self._get_media)
 
@@ -385,6 +385,7 @@ class Frontend:
                     recompute=plan.counts(span.length, self._layout.num_layers)[0],
                     holders=frozenset(h.worker_id for h in state.kv),
                     encoded=bool(state.embedding),
+                    producer=state.producer,
                 )
             )
         vision = sum(span.length for span in answer.prompt.spans)

@@ -32,7 +32,7 @@ from vlcache_dist.errors import (
     UnknownModel,
     VLCacheError,
 )
-from vlcache_dist.metrics import Metrics
+from vlcache_dist.metrics import REQUESTS, RUNNING, TTFT, Metrics
 from vlcache_dist.serve.auth import DEFAULT_TENANT, Guard
 from vlcache_dist.serve.chat import ChatBackend, ChatEvent, ChatRequest, Delta, Done
 from vlcache_dist.serve.openai import ChatCompletionBody, Completion, error_body, model_card
@@ -124,7 +124,7 @@ class _ChatEndpoint:
     async def handle(self, request: Request) -> Response:
         """One chat completion."""
         if self._ongoing >= self._max_ongoing:
-            self.metrics.requests.labels("503").inc()
+            self.metrics.record(REQUESTS, status="503")
             raise Overloaded(f"{self._max_ongoing} requests are under way; come back later")
         self._enter()
         streaming = False
@@ -163,7 +163,7 @@ class _ChatEndpoint:
         except BaseException:
             await events.aclose()
             raise
-        self.metrics.ttft.observe(time.monotonic() - started)
+        self.metrics.record(TTFT, time.monotonic() - started)
         return _EventStream(self._stream(first, events, completion), self._leave)
 
     async def _collect(self, chat: ChatRequest) -> tuple[list[Delta], Done]:
@@ -175,7 +175,7 @@ class _ChatEndpoint:
                     self._count(event)
                     return deltas, event
                 if not deltas:
-                    self.metrics.ttft.observe(time.monotonic() - started)
+                    self.metrics.record(TTFT, time.monotonic() - started)
                 deltas.append(event)
         raise EngineError("the backend ended without an end")
 
@@ -208,12 +208,12 @@ class _ChatEndpoint:
 
     def _enter(self) -> None:
         self._ongoing += 1
-        self.metrics.running.set(self._ongoing)
+        self.metrics.record(RUNNING, self._ongoing)
 
     def _leave(self, status: int) -> None:
         self._ongoing -= 1
-        self.metrics.running.set(self._ongoing)
-        self.metrics.requests.labels(str(status)).inc()
+        self.metrics.record(RUNNING, self._ongoing)
+        self.metrics.record(REQUESTS, status=str(status))
 
 
 class _EventStream(Response):

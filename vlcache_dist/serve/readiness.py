@@ -1,0 +1,117 @@
+"""Whether the pools can be placed, and when they are there: what a start that does not succeed is told apart by."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import httpx
+
+from vlcache_dist.config import ServeSettings
+from vlcache_dist.errors import ConfigError, WorkerLost
+
+EPSILON = 1e-6
+ERROR_LINE = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception|Lost|Model))(?:: (.*))?$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """What one pool asks Ray for. ``role`` as the directory counts it."""
+
+    role: str
+    workers: int
+    gpus: float
+    resource: str | None
+
+
+def pool_resource(role: str) -> str:
+    """The custom Ray resource of a pool's nodes (``serve.pool_resources``)."""
+    return f"{role}_pool"
+
+
+def pools(settings: ServeSettings) -> list[Pool]:
+    """The pools that ``settings`` describe."""
+
+    def pool(deployed: str, role: str, workers: int) -> Pool:
+        resource = pool_resource(deployed) if settings.pool_resources else None
+        return Pool(role, workers, settings.gpus_per_worker, resource)
+
+    prefill = pool("prefill", "prefill" if settings.decodes else "colocated", settings.prefills)
+    decode = [pool("decode", "decode", settings.decodes)] if settings.decodes else []
+    return [pool("encoder", "encoder", settings.encoders), prefill, *decode]
+
+
+def require_room(settings: ServeSettings, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raises ConfigError, which names the pool and what is missing, if ``nodes`` (their total resources) cannot hold
+    all workers. A worker's GPUs, or its share of one, lie on one node."""
+    wanted = pools(settings)
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    for pool in wanted:
+        if pool.resource is not None and (offered := sum(node.get(pool.resource, 0) for node in nodes)) < pool.workers:
+            raise ConfigError(
+                f"the {pool.role} pool wants {pool.workers} workers, but the cluster's nodes offer {offered:g} of the "
+                f"resource {pool.resource}: start nodes with it, or turn serve.pool_resources off"
+            )
+    each = settings.gpus_per_worker
+    if not each:
+        return
+    workers = sum(pool.workers for pool in wanted)
+    room = sum(_workers_on(node.get("GPU", 0.0), each) for node in nodes)
+    if room < workers:
+        asked = ", ".join(f"{pool.workers} {pool.role}" for pool in wanted)
+        raise ConfigError(
+            f"{asked} workers with {each:g} GPU each need {workers * each:g} GPUs, but the cluster has {gpus:g}, which "
+            f"hold {room} of {workers}: take fewer workers or lower serve.gpus_per_worker"
+        )
+
+
+def _workers_on(gpus: float, each: float) -> int:
+    if each >= 1:
+        return int(gpus / each + EPSILON)
+    return int(gpus) * int(1 / each + EPSILON)
+
+
+def wait_until_ready(
+    url: str,
+    settings: ServeSettings,
+    patience_s: float,
+    *,
+    failures: Callable[[], Mapping[str, str]],
+    room: Callable[[], None],
+    say: Callable[[str], None],
+) -> None:
+    """Until every worker of every pool has joined the directory.
+
+    ``failures``: messages of deployments that failed or keep failing, by name; ``room`` raises ConfigError if the
+    cluster lacks resources. Raises WorkerLost or ConfigError as soon as a worker cannot start, or after ``patience_s``.
+    """
+    wanted = {pool.role: pool.workers for pool in pools(settings)}
+    deadline = time.monotonic() + patience_s
+    seen: dict[str, int] = {}
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError, ValueError):
+            reply = httpx.get(f"{url}/healthz", timeout=5.0)
+            workers = reply.json().get("workers", {}) if reply.status_code == 200 else {}
+            if workers != seen:
+                seen = workers
+                say(f"ready: {', '.join(f'{n} {role}' for role, n in sorted(seen.items())) or 'nobody yet'}")
+            if all(seen.get(role, 0) >= count for role, count in wanted.items()):
+                return
+        for name, message in failures().items():
+            raise WorkerLost(f"{name} cannot start: {last_error(message)}")
+        time.sleep(0.1)
+    room()
+    raise WorkerLost(f"after {patience_s:.0f} s the pools have {seen}, not {wanted}")
+
+
+def last_error(message: str) -> str:
+    """The error that a deployment's message, with a traceback in it, is about, in one line."""
+    found = ERROR_LINE.findall(message)
+    if found:
+        kind, text = found[-1]
+        return f"{kind}: {text}" if text else kind
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[0] if lines else "no reason was given"
