@@ -5,6 +5,7 @@ from __future__ import annotations
 from vlcache_dist.assembly import Model, Site, TransportFactory, make_engine, make_node, nixl_transport
 from vlcache_dist.config import Settings
 from vlcache_dist.prefill_workers.worker import PrefillWorker
+from vlcache_dist.reuse.guard import Guard
 from vlcache_dist.types import Role
 
 
@@ -13,4 +14,5 @@ def build_prefill(settings: Settings, site: Site, transport: TransportFactory = 
     model = Model.open(settings)
     role = Role.PREFILL if settings.serve.decodes else Role.COLOCATED
     node = make_node(settings, site, role, model, transport)
-    return PrefillWorker(node, make_engine(settings, model, node))
+    guard = Guard(settings.engine.guard_budget, settings.engine.guard_sampling)
+    return PrefillWorker(node, make_engine(settings, model, node), guard)

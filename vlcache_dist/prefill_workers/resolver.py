@@ -22,7 +22,6 @@ import numpy as np
 from vlcache_dist import wire
 from vlcache_dist.engine.api import Compute, Reuse
 from vlcache_dist.engine.bridge import OnEngine
-from vlcache_dist.engine.engine import new_variant
 from vlcache_dist.errors import (
     BadRequest,
     CacheError,
@@ -38,18 +37,22 @@ from vlcache_dist.errors import (
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.production import LocalProduction
-from vlcache_dist.reuse.plan import Plan
-from vlcache_dist.types import ContentKey, KVSource, MediaSpan, ObjectKind, ReuseMode
+from vlcache_dist.reuse.context import Advice, signature, variant_in
+from vlcache_dist.reuse.plan import Guarded, Plan
+from vlcache_dist.types import ContentKey, KVSource, MediaSpan, ObjectKind, ReuseMode, Variant
 
 log = logging.getLogger(__name__)
 ENCODE_ATTEMPTS = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.2  #: between attempts to find room
 MIN_PATIENCE_S = 0.5  #: with less time left than twice this, a request computes rather than waits
 
+Advise = Callable[[int, Variant], Advice]  #: what is remembered of an object's context beside that of span number ...
+
 
 class SpanResolver:
     """One request's. ``on_engine`` runs a function in the engine's thread; ``encoders`` lists the living encoder
-    workers' addresses, the preferred one for a key first; ``deadline`` is on the monotonic clock."""
+    workers' addresses, the preferred one for a key first; ``deadline`` is on the monotonic clock; ``advise`` is asked
+    about every object before it is read or reused."""
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class SpanResolver:
         encoders: Callable[[ContentKey], Sequence[str]],
         message: wire.Prefill,
         deadline: float,
+        advise: Advise = lambda index, variant: Advice.WATCH,
     ) -> None:
         self._node = node
         self._production = production
@@ -68,6 +72,7 @@ class SpanResolver:
         self._source = message.source
         self._plan = Plan.parse(message.generation.plan)
         self._deadline = deadline
+        self._advise = advise
         self._claims: set[ContentKey] = set()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -117,57 +122,67 @@ class SpanResolver:
             return Compute(await self._embedding(span))
         allowed = await self._on_engine(lambda engine: engine.recordable(self._generation.request_id, index))
         if self._generation.reuse is ReuseMode.EXACT or self._plan.is_full(span.length, self._node.layout.num_layers):
-            record = self._record_extent(span) if allowed and await self._claim(span.key) else None
+            record = self._record_extent(index, span) if allowed and await self._claim(span.key) else None
             return await self._compute(span, record)
         tried: set[bytes] = set()
         while True:
-            if (reuse := await self._from_stores(span, tried)) is not None:
-                return reuse
+            if (source := await self._from_stores(index, span, tried)) is not None:
+                return source
             if allowed and await self._claim(span.key):
-                return await self._compute(span, self._record_extent(span))
+                return await self._compute(span, self._record_extent(index, span))
             if not await self._wait_for_producer(span.key, tried):
                 return await self._compute(span, None)
 
-    async def _compute(self, span: MediaSpan, record: Extent | None) -> Compute:
+    async def _compute(self, span: MediaSpan, record: Extent | None, *, remembered: bool = False) -> Compute:
         try:
-            return Compute(await self._embedding(span), record)
+            return Compute(await self._embedding(span), record, remembered)
         except BaseException:
             if record is not None:
                 self._node.store.abort(record)
                 self._give_up(span.key)
             raise
 
-    async def _from_stores(self, span: MediaSpan, tried: set[bytes]) -> Reuse | None:
-        """KV from the own store or from any announced holder that was not tried in vain."""
+    async def _from_stores(self, index: int, span: MediaSpan, tried: set[bytes]) -> Compute | Reuse | None:
+        """KV from the own store or from any announced holder that was not tried in vain; encoder output where the KV
+        is remembered to be harmful in this context."""
         if (kv := self._node.store.lookup(ObjectKind.KV, span.key, pin=True)) is not None:
-            return await self._reuse(span, kv, KVSource.LOCAL)
+            advice = self._advise(index, kv.variant)
+            if advice is Advice.COMPUTE:
+                self._node.store.unpin(kv)
+                return await self._compute(span, None, remembered=True)
+            return await self._reuse(span, kv, advice, KVSource.LOCAL)
         for holder in await self._node.holders(ObjectKind.KV, span.key):
             if holder.worker_id == self._node.worker_id or self._attempt(holder) in tried:
                 continue
             tried.add(self._attempt(holder))
+            advice = self._advise(index, holder.variant)
+            if advice is Advice.COMPUTE:
+                return await self._compute(span, None, remembered=True)
             try:
                 kv = await self._node.fetch(holder, ObjectKind.KV, span)
             except VLCacheError as error:
                 log.warning("KV of %s not had from %s: %s", span.key.hex()[:16], holder.worker_id, error)
                 continue
-            return await self._reuse(span, kv, KVSource.REMOTE, holder.worker_id)
+            return await self._reuse(span, kv, advice, KVSource.REMOTE, holder.worker_id)
         return None
 
-    async def _reuse(self, span: MediaSpan, kv: Extent, source: KVSource, holder: str = "") -> Reuse:
+    async def _reuse(self, span: MediaSpan, kv: Extent, advice: Advice, source: KVSource, holder: str = "") -> Reuse:
         """A source from a pinned KV object, with the encoder output of the rows to recompute."""
         moved = kv.elements * self._node.layout.itemsize if source is KVSource.REMOTE else 0
+        trusted = advice is Advice.TRUST and isinstance(self._plan, Guarded)
+        plan = self._plan.base if isinstance(self._plan, Guarded) and trusted else self._plan
         embedding = None
         try:
-            depths = self._plan.depths(span.length, self._node.layout.num_layers)
+            depths = plan.depths(span.length, self._node.layout.num_layers)
             recomputed = np.flatnonzero(depths)
             if len(recomputed):
                 # A canary may ask for the whole span.
-                rows = span.length if self._plan.canary is not None else int(recomputed[-1]) + 1
+                rows = span.length if plan.canary is not None else int(recomputed[-1]) + 1
                 embedding = await self._embedding(span, rows)
         except BaseException:
             self._node.store.unpin(kv)
             raise
-        return Reuse(kv, depths, embedding, source, moved, holder, self._plan.canary)
+        return Reuse(kv, depths, embedding, source, moved, holder, plan.canary, trusted)
 
     # -- single flight ------------------------------------------------------------------------------------------
 
@@ -208,10 +223,11 @@ class SpanResolver:
             await self._node.await_key(ObjectKind.KV, key, patience)
         return True
 
-    def _record_extent(self, span: MediaSpan) -> Extent | None:
+    def _record_extent(self, index: int, span: MediaSpan) -> Extent | None:
         """Room to record a claimed span in; None (and the claim is given up) if there is none."""
+        context = signature(self._generation.token_ids, self._generation.spans, index)
         try:
-            return self._node.begin(ObjectKind.KV, span, new_variant())
+            return self._node.begin(ObjectKind.KV, span, variant_in(context))
         except CacheError as error:
             log.warning("no room to record %s: %s", span.key.hex()[:16], error)
             self._give_up(span.key)

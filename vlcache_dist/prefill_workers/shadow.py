@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,17 @@ from blake3 import blake3
 
 from vlcache_dist.engine.api import Admitted, Compute, Mode, PrefillDone, TokenEvent
 from vlcache_dist.engine.bridge import EngineBridge
+from vlcache_dist.engine.engine import Engine
 from vlcache_dist.errors import VLCacheError
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
-from vlcache_dist.reuse.context import ContextMemory, prompt_format, recorded_in, signature
+from vlcache_dist.reuse.context import Advice, ContextMemory, prompt_format, recorded_in, signature
 from vlcache_dist.reuse.drift import ALTERNATIVES, first_token_drift
 from vlcache_dist.reuse.guard import Guard, Shadow
 from vlcache_dist.reuse.ladder import Level, always_alarmed, plan_at
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.types import ContentKey, ObjectKind, ReuseMode, SamplingParams, TokenLogprobs, Variant
-from vlcache_dist.wire import Generation
+from vlcache_dist.wire import Generation, Tokens
 
 log = logging.getLogger(__name__)
 MAX_PENDING = 4  #: their encoder output is pinned
@@ -54,6 +56,20 @@ class Watch:
     def changed_plan(self) -> str:
         return self.generation.plan if self.generation.plan != self.asked.plan else ""
 
+    def wanted(self, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
+        """What the client asked for of a token's logprobs."""
+        number = self.asked.sampling.logprobs
+        if logprobs is None or number is None:
+            return None
+        return msgspec.structs.replace(logprobs, top=logprobs.top[:number])
+
+    def as_asked(self, tokens: Tokens) -> Tokens:
+        """Later tokens of a worker that decodes as well, with the logprobs that the client asked for."""
+        if not self.sampled:
+            return tokens
+        kept = tuple(p for p in map(self.wanted, tokens.logprobs) if p is not None)
+        return msgspec.structs.replace(tokens, logprobs=kept)
+
 
 @dataclass(slots=True)
 class _Pending:
@@ -64,16 +80,18 @@ class _Pending:
 
 
 class Shadows:
-    """Belongs to the worker's event loop. ``run`` is to be spawned; whatever it holds is let go when it is cancelled."""
+    """Belongs to the worker's event loop. ``run`` is to be spawned; what it holds is let go when it is cancelled."""
 
-    def __init__(self, node: Node, bridge: EngineBridge, guard: Guard) -> None:
+    def __init__(self, node: Node, bridge: EngineBridge, engine: Engine, guard: Guard) -> None:
         self.guard = guard
         self.memory = ContextMemory()
         self._node = node
         self._bridge = bridge
+        self._engine = engine
         self._pending: deque[_Pending] = deque()
         self._arrived = asyncio.Event()
         self._counts: Counter[str] = Counter()
+        self._busy_s = 0.0  # engine time that the budget knows of
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -98,9 +116,24 @@ class Shadows:
         watch.generation = msgspec.structs.replace(generation, plan=str(chosen), sampling=sampling)
         return watch
 
+    def advisor(self, watch: Watch) -> Callable[[int, Variant], Advice]:
+        """For the request's resolver: what is remembered, if a canary would watch at all; notes who the donors are."""
+        asked = watch.asked
+
+        def advise(place: int, variant: Variant) -> Advice:
+            if watch.donors is None or watch.plan.canary is None or watch.level is Level.OFF:
+                return Advice.WATCH
+            watch.donors[place] = variant
+            here = signature(asked.token_ids, asked.spans, place)
+            return self.memory.advise(asked.tenant, recorded_in(variant), here)
+
+        return advise
+
     def first_token(self, watch: Watch, done: PrefillDone, token: TokenEvent) -> None:
         """Learn from a request's first token, and queue its shadow if it is to have one."""
-        self.guard.worked(done.compute_s)
+        busy_s = self._bridge.busy_s
+        self.guard.worked(busy_s - self._busy_s)
+        self._busy_s = busy_s
         if watch.donors is None:
             return
         self._remember(watch, done, token)
@@ -118,10 +151,9 @@ class Shadows:
     def _remember(self, watch: Watch, done: PrefillDone, token: TokenEvent) -> None:
         spans, tokens = watch.asked.spans, watch.asked.token_ids
         wrong = None if done.discarded is None else done.discarded[0] != token.token_id
-        for place, (report, variant) in enumerate(
-            (report, (watch.donors or {}).get(i)) for i, report in enumerate(done.reports)
-        ):
-            if variant is None or report.deviation is None or watch.level is Level.OFF:
+        for place, variant in (watch.donors or {}).items():
+            report = done.reports[place]
+            if report.deviation is None:
                 continue
             self.memory.observe(
                 watch.asked.tenant,
@@ -130,14 +162,6 @@ class Shadows:
                 alarmed=report.deviation > 1,
                 was_right=wrong,
             )
-
-    @staticmethod
-    def as_asked(watch: Watch, logprobs: TokenLogprobs | None) -> TokenLogprobs | None:
-        """The logprobs that the client wants of those that were computed."""
-        wanted = watch.asked.sampling.logprobs
-        if logprobs is None or wanted is None or watch.generation is watch.asked:
-            return logprobs if wanted is not None else None
-        return msgspec.structs.replace(logprobs, top=logprobs.top[:wanted])
 
     def _queue(self, watch: Watch, first: TokenLogprobs) -> None:
         if len(self._pending) >= MAX_PENDING:
@@ -171,7 +195,7 @@ class Shadows:
                 self._unpin(self._pending.popleft().embeddings)
 
     def _may_start(self, pending: _Pending) -> bool:
-        stats = self._bridge.stats()
+        stats = self._engine.stats()
         idle = not stats.running and not stats.waiting
         return self.guard.affords and (idle or time.monotonic() - pending.since > PATIENCE_S)
 

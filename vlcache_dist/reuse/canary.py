@@ -43,7 +43,7 @@ class Canary:
             raise InvalidPlan(f"canary limits of layers {layers}: every layer once, in ascending order")
         for layer, limit in self.limits:
             if not 0 <= limit <= MAX_LIMIT:
-                raise InvalidPlan(f"canary limit {limit} of layer {layer}: must be 0 (always an alarm) to {MAX_LIMIT:g}")
+                raise InvalidPlan(f"canary limit {limit} of layer {layer}: must be 0 (always alarms) to {MAX_LIMIT:g}")
 
     @classmethod
     def parse(cls, text: str) -> Canary:

@@ -12,6 +12,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from blake3 import blake3
 
@@ -51,7 +52,7 @@ def prompt_format(spans: Sequence[MediaSpan]) -> str:
     name = f"{count} picture{'' if count == '1' else 's'}"
     if spans[0].start >= LONG_PREFIX:
         name += ", long prefix"
-    if any(b.start - a.end > 2 * NEAR_TOKENS for a, b in zip(spans, spans[1:], strict=False)):
+    if any(b.start - a.end > 2 * NEAR_TOKENS for a, b in pairwise(spans)):
         name += ", spread"
     return name
 
@@ -89,7 +90,8 @@ class ContextMemory:
     def advise(self, tenant: str, donor: bytes, here: bytes) -> Advice:
         """What to do with KV recorded in ``donor`` in the context ``here``. Counts: every ``REFRESH``-th time the
         canary is heard again, so that nothing is remembered for ever."""
-        known = self._tenants.get(tenant, {}).get(donor + here)
+        contexts = self._tenants.get(tenant)
+        known = None if contexts is None else contexts.get(donor + here)
         if known is None:
             return Advice.WATCH
         verdict = Advice.WATCH

@@ -1,11 +1,11 @@
 """Sequential evidence that a plan harms more requests than it may. Pure.
 
-One number per hypothesis p1 ("a share p1 of requests is harmed"), updated per shadow run by the Shiryaev-Roberts recursion
+One number per hypothesis p1 ("a share p1 of requests is harmed"), updated per shadow run by Shiryaev and Roberts' rule
 
     R <- (1 + R) * L        L = p1 / p0 if harmed, (1 - p1) / (1 - p0) if not
 
-(Shiryaev 1963, Roberts 1966; "e-detectors" in Shin, Ramdas, Rinaldo 2024). Under a harm share of p0 or less E[L] <= 1, so
-R_n - n is a supermartingale, also for the mean of R over several p1, and by Doob's inequality
+(Shiryaev 1963, Roberts 1966; "e-detectors" in Shin, Ramdas, Rinaldo 2024). Under a harm share of p0 or less
+E[L] <= 1, so R_n - n is a supermartingale, also for the mean of R over several p1, and by Doob's inequality
 
     P(max over k <= n of R_k >= A)  <=  n / A.
 
@@ -46,7 +46,8 @@ class HarmDetector:
 
 class HealthEvidence:
     """The other way round: a sequential probability ratio test (Wald 1945) of harm share p0 against ``unhealthy``. A
-    plan that harms a share of ``unhealthy`` or more passes with probability ``risk`` at most."""
+    plan that harms a share of ``unhealthy`` or more passes its first ``1 / risk`` trials or so with probability ``risk``;
+    since the evidence against it is bounded, it would pass in the long run, and be found again."""
 
     def __init__(self, unhealthy: float = 0.05, risk: float = 0.05) -> None:
         self._unhealthy = unhealthy
@@ -56,7 +57,8 @@ class HealthEvidence:
     def observe(self, harmed: bool) -> bool:
         """One more run; True once the evidence of health is enough."""
         p0, p1 = HEALTHY, self._unhealthy
-        self._log_ratio += math.log(p0 / p1) if harmed else math.log((1 - p0) / (1 - p1))
+        step = math.log(p0 / p1) if harmed else math.log((1 - p0) / (1 - p1))
+        self._log_ratio = max(self._log_ratio + step, -self._enough)  # however bad it was, the way back is bounded
         return self._log_ratio >= self._enough
 
 

@@ -140,7 +140,7 @@ class Guard:
         harmed = shadow.harmed and (not shadow.alarmed or state.level is Level.OFF)
         state.runs += 1
         state.harmed += harmed
-        if state.detector.observe(harmed):
+        if state.level < Level.OFF and state.detector.observe(harmed):
             state.drift.trips += 1
             # From a plan that fails often there is no point in small steps.
             step = Level(state.level + 1) if state.harmed * 5 < state.runs else Level.OFF
