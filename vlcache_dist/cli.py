@@ -285,6 +285,11 @@ def status(
     for worker in report["workers"]:
         table.add_row(*_status_row(worker))
     Console().print(table)
+    if drift := [row for worker in report["workers"] for row in _drift_rows(worker)]:
+        table = Table("worker", "prompts", "reuse is", "compared", "first token agrees", "KL", "missed alarms")
+        for row in drift:
+            table.add_row(*row)
+        Console().print(table)
 
 
 def _status_row(worker: dict[str, Any]) -> list[str]:
@@ -302,6 +307,16 @@ def _status_row(worker: dict[str, Any]) -> list[str]:
         str(worker["transfers"]["reads"]),
         f"{worker['transfers']['bytes_read'] / 2**20:.1f} MiB",
     ]
+
+
+def _drift_rows(worker: dict[str, Any]) -> list[list[str]]:
+    """What the guard of a prefill worker knows, per format of prompts."""
+    rows = []
+    for name, about in worker.get("guard", {}).get("formats", {}).items():
+        agrees, kl = (f"{about['agreement']:.1%}", f"{about['kl']:.4f}") if about["shadows"] else ("-", "-")
+        compared = f"{about['shadows']} of {about['requests']}"
+        rows.append([worker["name"], name, about["level"], compared, agrees, kl, str(about["missed_alarms"])])
+    return rows
 
 
 def _use_ray_token() -> None:

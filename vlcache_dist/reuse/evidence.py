@@ -46,8 +46,8 @@ class HarmDetector:
 
 class HealthEvidence:
     """The other way round: a sequential probability ratio test (Wald 1945) of harm share p0 against ``unhealthy``. A
-    plan that harms a share of ``unhealthy`` or more passes its first ``1 / risk`` trials or so with probability ``risk``;
-    since the evidence against it is bounded, it would pass in the long run, and be found again."""
+    plan that harms a share of ``unhealthy`` or more passes a first test with probability ``risk`` at most; since the
+    evidence against it is bounded, it would pass in the long run, and be found again."""
 
     def __init__(self, unhealthy: float = 0.05, risk: float = 0.05) -> None:
         self._unhealthy = unhealthy

@@ -201,7 +201,7 @@ class Guard:
             "prefill_s": round(self._worked_s, 3),
             "shadow_s": round(self._spent_s, 3),
             "formats": {
-                name: {"level": state.level.name.lower(), **asdict(state.drift)}
+                name: {"level": state.level.name.lower(), "level_number": int(state.level), **asdict(state.drift)}
                 for name, state in self._formats.items()
             },
         }
