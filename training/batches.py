@@ -6,7 +6,7 @@ All rows of a batch show pictures of the same sizes, so that the vision tower ru
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from training.tasks import HELD_OUT_SEEDS, Draw, Grid, Sample, sample
+from training.tasks import VALIDATION_SEEDS, Draw, Grid, Sample, families, sample
 from vlcache_dist.demo.scenes import COLORS, LETTERS, SHAPES, Scene
 from vlcache_dist.evaluate.cases import Shown
 
@@ -66,9 +66,10 @@ class Encoder:
         names = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "endoftext")
         found = [self._tokenizer.token_to_id(f"<|{name}|>") for name in names]
         self.im_start, self.im_end, self.vision_start, self.vision_end, self.image_pad, self.end = found
-        self._text = lru_cache(maxsize=100_000)(
-            lambda text: tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        )
+        self._text = lru_cache(maxsize=100_000)(self._plain)
+
+    def _plain(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode(self, row: Sample) -> tuple[list[int], list[tuple[int, Shown]], list[tuple[int, int]]]:
         """Token ids; (start, picture) of every span; half-open ranges of ids to be learnt, end of turn included."""
@@ -207,22 +208,24 @@ def stream(encoder: Encoder, seed: int, tokens: int, hardness: float) -> Iterato
     while True:
         now = float(getattr(hardness, "value", hardness))
         grids = draw_grids(rng, now)
-        room = rng.choice((64, 96, 96, 128, 256 if now > 0.2 else 96))
+        room = rng.choice((96, 128, 160, 192, 384 if now > 0.2 else 128))
         vision = sum(rows * columns for rows, columns in grids)
-        length = -(-(vision + 48 + 2 * room) // 32) * 32
+        length = -(-(vision + 64 + room) // 32) * 32
         draw = Draw(rng, hardness=now)
         rows = [sample(draw, grids, room) for _ in range(max(1, tokens // length))]
         yield collate(rows, encoder, length)
 
 
-def validation(encoder: Encoder, per_family: int, pictures: tuple[int, ...] = (1, 2, 3)) -> Iterator[Batch]:
-    """The held-out split: fixed, one question per dialogue, pictures and words that training cannot draw."""
-    from training.tasks import families
+SIZES: tuple[Grid, ...] = ((8, 8), (6, 7), (9, 5))
 
-    for count in pictures:
+
+def validation(encoder: Encoder, per_family: int, sizes: Sequence[Grid] = SIZES) -> Iterator[Batch]:
+    """The held-in split that picks the best checkpoint: fixed, one question per dialogue, pictures that training cannot
+    draw. (The suite "held-out" of ``vlcache_dist.evaluate`` picks nothing.)"""
+    for count in (1, 2, 3):
         for family in families(count):
-            draw = Draw(random.Random(f"held out {count} {family}"), HELD_OUT_SEEDS)
-            for grids in ([(8, 8)] * count, [(6, 7)] * count, [(9, 5)] * count):
+            draw = Draw(random.Random(f"validation {count} {family}"), VALIDATION_SEEDS)
+            for grids in ([size] * count for size in sizes):
                 rows = [sample(draw, grids, 96, family, more=False) for _ in range(per_family)]
                 longest = max(len(encoder.encode(row)[0]) for row in rows)
                 yield collate(rows, encoder, -(-longest // 32) * 32)

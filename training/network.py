@@ -55,7 +55,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 @lru_cache(maxsize=256)
 def _windows(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """For a grid of merged tokens cut into windows of 4 x 4: ``order`` int64 [W * 16], the token at each place (places
-    outside the picture repeat token 0); ``inside`` bool [W * 16]; ``back`` int64 [rows * columns], each token's place."""
+    outside the picture repeat token 0); ``inside`` bool [W * 16]; ``back`` int64 [rows * columns]: each
+    token's place."""
     height, width = -(-rows // 4), -(-columns // 4)
     grid = np.full((height * 4, width * 4), -1)
     grid[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)

@@ -29,7 +29,7 @@ from vlcache_dist.demo.scenes import Fact, Kind, Scene
 from vlcache_dist.evaluate.cases import Dialogue, Part, Shown
 
 Grid = tuple[int, int]
-TRAIN_SEEDS, HELD_OUT_SEEDS = (0, 1 << 40), (1 << 41, 1 << 42)
+TRAIN_SEEDS, VALIDATION_SEEDS = (0, 1 << 40), (1 << 41, 1 << 42)
 WEIGHTS = {
     "after": 6.0,
     "prefix": 1.5,
@@ -98,7 +98,7 @@ def families(pictures: int) -> list[str]:
 
 
 def sample(draw: Draw, grids: Sequence[Grid], room: int, family: str | None = None, more: bool = True) -> Sample:
-    """A dialogue over pictures of the given ``grids`` (rows, columns). ``room``: words of text that may be added.
+    """A dialogue over pictures of the given ``grids`` (rows, columns). ``room``: tokens of text, roughly.
     ``more``: ask further questions while there is room (cheap lessons over the same pictures)."""
     rng = draw.rng
     if family is None:
@@ -111,18 +111,23 @@ def sample(draw: Draw, grids: Sequence[Grid], room: int, family: str | None = No
         turns.append(("system", (system,)))
     turns += [("user", opening), ("assistant", (question[1],))]
     asked = [(family, question[2])]
-    room -= 20
-    for _ in range(8):
-        if not more or room < 24:
+    room -= _tokens(opening) + _tokens(question[:2])
+    for _ in range(16):
+        if not more or room < 0:
             break
         text, answer, kind = follow()
         turns += [("user", (text,)), ("assistant", (answer,))]
         asked.append((family, kind))
-        room -= 24 + len(answer) // 2
+        room -= 14 + _tokens((text, answer))
     return Sample(Dialogue(tuple(turns)), tuple(asked))
 
 
 Built = tuple[tuple[Part, ...], Question, Callable[[], Question]]
+
+
+def _tokens(parts: Sequence[Part]) -> int:
+    """Of the text, roughly: four characters each."""
+    return sum(len(part) // 4 for part in parts if isinstance(part, str))
 
 
 def _ask(draw: Draw, scene: Scene, where: str = "") -> Question:

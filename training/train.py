@@ -1,8 +1,8 @@
 """Train the bundled model from nothing: ``python -m training.train --out FOLDER --minutes 11``.
 
-Everything is drawn on the fly: scenes by worker processes, pixels on the device. The time limit is the schedule (warm-up,
-constant rate, decay to nothing over the last 40 %; harder data as time passes), so a machine of half the speed gives a
-worse model, not a longer run. ``FOLDER/state.pt`` is written every two minutes and taken up by the same command;
+Everything is drawn on the fly: scenes by worker processes, pixels on the device. The time limit is the schedule
+(warm-up, constant rate, decay over the last 40 %; harder data as time passes), so half the speed gives a worse
+model, not a longer run. ``FOLDER/state.pt`` is written every two minutes and taken up by the same command;
 ``FOLDER/best`` is the checkpoint with the best validation so far, and only that is exported.
 """
 
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.batches import AUX_CLASSES, Batch, Encoder, stream, validation
+from training.batches import AUX_CLASSES, SIZES, Batch, Encoder, stream, validation
 from training.export import TEMPLATE, export, fresh_model
 from training.network import Weights, atlas, forward
+from training.tasks import Grid
 
 SAVE_S = 120.0
 WARM_UP, DECAY_FROM = 300, 0.6
@@ -84,6 +86,7 @@ class Trainer:
         self.tokens, self.workers, self.seed = tokens, workers, seed
         self.step, self.seen_tokens, self.best = 0, 0, -1.0
         self.history: list[dict[str, Any]] = []
+        self.sizes: Sequence[Grid] = SIZES
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -184,7 +187,7 @@ class Trainer:
         """Exact match of whole answers on the held-in validation split, per family; the best checkpoint is kept."""
         vision, language = self.weights()
         found: dict[str, list[bool]] = defaultdict(list)
-        for batch in validation(Encoder(self.tokenizer), per_family):
+        for batch in validation(Encoder(self.tokenizer), per_family, self.sizes):
             batch = batch.to(self.device)
             logits, _ = forward(self.model.config, vision, language, batch, self.sprites)
             wrong = (logits.argmax(-1) != batch.target).long()
@@ -208,9 +211,7 @@ class Trainer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="state, history and the best checkpoint")
-    parser.add_argument(
-        "--minutes", type=float, default=11.0, help="of training in all, this folder's earlier runs too"
-    )
+    parser.add_argument("--minutes", type=float, default=11.0, help="of training, earlier runs included")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate")
     parser.add_argument("--tokens", type=int, default=32768, help="per step")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that draw scenes")

@@ -13,7 +13,7 @@ import torch
 from training.batches import CELL_FIELDS, Encoder, cells, collate, draw_grids, positions, stream, validation
 from training.export import MAX_BYTES, TEMPLATE, export, fresh_model
 from training.network import MEAN, STD, atlas, forward, paint
-from training.tasks import HELD_OUT_SEEDS, TRAIN_SEEDS, Draw, families, sample
+from training.tasks import TRAIN_SEEDS, VALIDATION_SEEDS, WEIGHTS, Draw, families, sample
 from training.train import Trainer
 from vlcache_dist.demo.pictures import paint as paint_scene
 from vlcache_dist.evaluate.cases import Shown
@@ -70,7 +70,7 @@ def test_prompts_are_what_the_server_would_build(encoder: Encoder, grids: list[t
 
 
 def test_every_family_asks_what_has_that_answer() -> None:
-    assert {f for n in (1, 2, 3) for f in families(n)} == set(__import__("training.tasks").tasks.WEIGHTS)
+    assert {f for n in (1, 2, 3) for f in families(n)} == set(WEIGHTS)
     for count in (1, 2, 3):
         for family in families(count):
             for row in rows(8, [(8, 8)] * count, family, seed=5):
@@ -86,8 +86,8 @@ def test_every_family_asks_what_has_that_answer() -> None:
 
 
 def test_splits_share_no_picture(encoder: Encoder) -> None:
-    assert TRAIN_SEEDS[1] <= HELD_OUT_SEEDS[0]
-    first, again = (next(validation(encoder, 2)) for _ in range(2))
+    assert TRAIN_SEEDS[1] <= VALIDATION_SEEDS[0]
+    first, again = (next(validation(encoder, 2, [(4, 4)])) for _ in range(2))
     assert torch.equal(first.ids, again.ids)
 
 
@@ -120,11 +120,13 @@ def test_a_few_steps_learn_something_resume_and_export(tmp_path: Path) -> None:
     options = {"seconds": 3600.0, "rate": 3e-3, "tokens": 256, "workers": 0, "seed": 1, "device": "cpu"}
     said: list[str] = []
     trainer = Trainer(tmp_path, **options)
+    trainer.sizes = [(4, 4)]
     trainer.run(3, 1, said.append)
     assert trainer.step == 3 and (tmp_path / "best" / "model.safetensors").exists()
     again = Trainer(tmp_path, **options)
     assert again.resume() and again.step == 3 and again.schedule.before > 0
     assert all(torch.equal(p, again.named[n]) for n, p in trainer.named.items())
+    again.sizes = [(4, 4)]
     again.run(1, 1, said.append)
     history = json.loads((tmp_path / "history.json").read_text())
     assert [entry["step"] for entry in history] == [3, 4] and 0 <= history[0]["mean"] <= 1

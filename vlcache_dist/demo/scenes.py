@@ -5,8 +5,8 @@ scenes, so what is evaluated is what was learnt. The kinds and their questions:
 
     form     two-letter labels, each with a two-digit value on its right, scattered: value of a label, label of a value
     table    one-digit cells under letters N-Z, beside letters A-M: a cell, a row
-    shapes   eight shapes in eight colours, one in each 2 x 2 block of cells: what is where, shape of a colour, colour of
-             a shape, how many of a colour or a shape
+    shapes   eight shapes in eight colours, one in each 2 x 2 block of cells: what is where, shape of a colour,
+             colour of a shape, how many of a colour or a shape
 """
 
 from __future__ import annotations
