@@ -201,6 +201,9 @@ def evaluate(
     cases: Annotated[int, typer.Option(min=1, help="cases per format, or lines per file")] = 32,
     seed: Annotated[int, typer.Option(help="of generated suites")] = 0,
     max_answer: Annotated[int, typer.Option(min=1, help="tokens of an answer")] = 12,
+    donors: Annotated[str, typer.Option(help="recorded: in the suite's contexts; canonical: the picture alone")] = (
+        "recorded"
+    ),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
@@ -214,9 +217,10 @@ def evaluate(
     with _told(console), console.status("starting") as progress:
         bench = Workbench(model, device=device, dtype=dtype, max_answer=max_answer)
         spellings = cli.split_policies(policies or cli.DEFAULT_POLICIES)
-        rows = cli.run_eval(bench, cli.load_suite(suite, cases, seed), spellings, progress.update)
+        chosen = cli.load_suite(suite, cases, seed, donors)
+        rows = cli.run_eval(bench, chosen, spellings, progress.update)
         if json_file is not None:
-            cli.write_json(json_file, bench, suite, rows, cases_per_format=cases, seed=seed)
+            cli.write_json(json_file, bench, suite, rows, cases_per_format=cases, seed=seed, donors=donors)
         if plots is not None:
             cli.write_plots(rows, plots)
     table = Table("format", "policy", "cases", "right", "in full", "KL", "% computed", "% escalated")

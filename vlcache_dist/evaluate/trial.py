@@ -71,6 +71,11 @@ class Trial:
         return self.bench.dense.num_layers
 
     @property
+    def recorded(self) -> Captured:
+        """The donors' K (unrotated) and V: [layer, B, M, kv_head, head_dim], 0 where there is none."""
+        return self._kept
+
+    @property
     def _each(self) -> torch.Tensor:
         return torch.arange(len(self.cases), device=self.bench.device)
 
