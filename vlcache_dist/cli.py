@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -22,6 +21,7 @@ from vlcache_dist.loadtest.command import loadtest
 from vlcache_dist.localcluster.command import localcluster
 from vlcache_dist.serve.auth import ApiKeys
 from vlcache_dist.serve.keys import api_key
+from vlcache_dist.serve.readiness import use_token
 
 app = typer.Typer(
     help="Qwen2.5-VL serving in which an image is paid for once.", no_args_is_help=True, add_completion=False
@@ -57,7 +57,7 @@ def serve(
 ) -> None:
     """Start the whole system and serve until Ctrl-C."""
     if address is not None:
-        _use_ray_token()
+        use_token()
     from vlcache_dist.serve.cluster import running
 
     console = Console(stderr=True)
@@ -321,12 +321,6 @@ def _drift_rows(worker: dict[str, Any]) -> list[list[str]]:
         compared = f"{about['shadows']} of {about['requests']}"
         rows.append([worker["name"], name, about["level"], compared, agrees, kl, str(about["missed_alarms"])])
     return rows
-
-
-def _use_ray_token() -> None:
-    """A cluster that somebody started wants its token by default; Ray sends it only if told so before its import."""
-    if Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _keys(path: Path | None) -> dict[str, Any]:

@@ -109,6 +109,11 @@ class ServeSettings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535, description="0: a free port")
     address: str | None = Field(default=None, description="a running Ray cluster; None: start one on this machine")
+    direct: bool = Field(
+        default=False,
+        description="the ingress listens on host:port itself, on the node where the application was built, instead of "
+        "being behind Serve's HTTP proxy; `vlcache-dist serve` always does so",
+    )
     encoders: int = Field(default=1, ge=1)
     prefills: int = Field(default=2, ge=1)
     decodes: int = Field(default=1, ge=0, description="0: the prefill workers decode as well (colocated)")

@@ -198,3 +198,19 @@ def test_a_killed_worker_is_replaced_and_answers_stay_right(server: Server, name
     wait_for(answers)
     wait_for(lambda: server.status().get(name, before)["worker_id"] != before["worker_id"])
     assert answers()
+
+
+def test_a_killed_ingress_listens_again_at_the_same_address(server: Server) -> None:
+    def pid() -> int:
+        try:
+            return int(httpx.get(f"{server.url}/status", timeout=5).raise_for_status().json()["ingress"]["pid"])
+        except httpx.HTTPError:
+            return 0
+
+    before = pid()
+    assert before
+    os.kill(before, signal.SIGKILL)
+    wait_for(lambda: pid() not in (0, before))
+    wait_for(lambda: httpx.get(f"{server.url}/healthz", timeout=5).status_code == 200)
+    reply = server.ask(text("A hill.\n"), image(PICTURE.png()), text(FACT.question))
+    assert reply.choices[0].message.content == FACT.answer

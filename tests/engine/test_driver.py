@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -22,9 +23,14 @@ class Counting:
         self.pending = 0
         self.thread: int | None = None
         self.fail = False
+        self.chores = 2
 
     def has_work(self) -> bool:
         return self.pending > 0
+
+    def idle(self) -> bool:
+        self.chores -= 1
+        return self.chores > 0
 
     def step(self, now: float) -> list[Any]:
         self.thread = threading.get_ident()
@@ -62,6 +68,17 @@ def test_calls_run_in_the_engines_thread_and_return_or_raise(counting: Counting)
     assert not driver.healthy
     with pytest.raises(WorkerLost):
         driver.call(lambda engine: None).result(5)
+
+
+def test_an_idle_driver_does_its_chores_once_and_sleeps(counting: Counting) -> None:
+    driver = EngineDriver(counting, lambda event: None, lambda error: None)
+    driver.start()
+    deadline = time.monotonic() + 10
+    while counting.chores > 0 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert driver.call(lambda engine: engine.chores).result(10) == 0
+    driver.close()
+    assert counting.chores <= 0, "and once more when the call had been served"
 
 
 def test_a_step_that_dies_fails_everybody_who_waits(counting: Counting) -> None:

@@ -10,14 +10,28 @@ from hypothesis import strategies as st
 
 from vlcache_dist.bench.shapes import random_models
 from vlcache_dist.engine.batch import ChunkWork, SpanWork, StepBatch, build_step
-from vlcache_dist.engine.graphs import ROWS, GraphedForward, pad_step, padded_logits, shape_for
-from vlcache_dist.model.batch import ForwardBatch
+from vlcache_dist.engine.graphs import (
+    PATIENCE,
+    ROWS,
+    GraphedForward,
+    PaddedStep,
+    Shape,
+    decode_shapes,
+    fill_padding,
+    pad_step,
+    padded_logits,
+    shape_for,
+)
+from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
 from vlcache_dist.model.config import ModelConfig
+from vlcache_dist.model.upload import FixedInputs
 from vlcache_dist.model.weights import BUNDLED, Checkpoint
 
 BLOCK, BLOCKS = 16, 64
 CONFIG: ModelConfig = Checkpoint.open(BUNDLED).config
 TEXT = CONFIG.text
+KV_TOKEN = TEXT.num_layers * 2 * TEXT.num_kv_heads * TEXT.head_dim
+RECORDS = 1 << 17  # where records begin in the arena
 
 
 def chunk(rng: np.random.Generator, table: np.ndarray, start: int, end: int, span: SpanWork | None) -> ChunkWork:
@@ -26,15 +40,19 @@ def chunk(rng: np.random.Generator, table: np.ndarray, start: int, end: int, spa
     return ChunkWork(tokens, positions, table, start, end, True, (span,) if span else ())
 
 
-def step_of(rng: np.random.Generator, pieces: list[tuple[int, int, bool]]) -> StepBatch:
-    """(start, rows, with a picture whose first 4 tokens are recomputed) per sequence."""
+def step_of(rng: np.random.Generator, pieces: list[tuple[int, int, int]]) -> StepBatch:
+    """(start, rows, kind) per sequence; a reused picture of 24 tokens has its first 4 recomputed, a fresh one is
+    recorded."""
     chunks, next_block = [], 1
-    for start, rows, picture in pieces:
+    for number, (start, rows, kind) in enumerate(pieces):
         span, end = None, start + rows
-        if picture:
+        if kind == REUSED:
             depths = np.zeros(24, np.int32)
             depths[:4] = TEXT.num_layers
             span = SpanWork(start + 1, 24, depths, kv_base=0, embed_base=4096)
+        elif kind == FRESH:
+            span = SpanWork(start + 1, 24, embed_base=4096, record_base=RECORDS + number * KV_TOKEN * 24)
+        if span is not None:
             end = start + 1 + 24 + rows
         needed = -(-end // BLOCK)
         chunks.append(chunk(rng, np.arange(next_block, next_block + needed), start, end, span))
@@ -47,37 +65,55 @@ def memory(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]
     shape = (TEXT.num_layers, 2, BLOCKS, BLOCK, TEXT.num_kv_heads, TEXT.head_dim)
     generator = torch.Generator(device).manual_seed(1)
     pages = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    return pages, torch.randn(1 << 17, generator=generator, device=device, dtype=dtype)
+    return pages, torch.randn(RECORDS + 4 * KV_TOKEN * 24, generator=generator, device=device, dtype=dtype)
 
 
-PIECES = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40), st.booleans()), min_size=1, max_size=4)
+TEXT_ONLY, REUSED, FRESH = 0, 1, 2
+PIECES = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(1, 40), st.sampled_from((TEXT_ONLY, REUSED, FRESH))),
+    min_size=1,
+    max_size=4,
+)
+
+
+def fixed(step: StepBatch, shape: Shape) -> list[torch.Tensor]:
+    """The step in the shape's inputs, where another step left its traces."""
+    inputs = FixedInputs(PaddedStep.empty(shape, BLOCK).arrays(), torch.device("cpu"))
+    for array in inputs.arrays:
+        array[...] = 1
+    pad_step(step, shape, PaddedStep(*inputs.arrays))
+    inputs.send()
+    return inputs.tensors
 
 
 @settings(max_examples=25, deadline=None)
 @given(PIECES)
-def test_padding_changes_nothing(pieces: list[tuple[int, int, bool]]) -> None:
+def test_padding_changes_nothing(pieces: list[tuple[int, int, int]]) -> None:
     language, _ = random_models(CONFIG, torch.device("cpu"), torch.float32)
     step = step_of(np.random.default_rng(0), pieces)
     shape = shape_for(step)
     assert shape is not None and shape.rows in ROWS and shape.rows >= len(step.token_ids)
     plain, arena = memory("cpu", torch.float32)
     padded = plain.clone()
-    expected = language.forward(ForwardBatch.from_step(step, "cpu"), plain, arena, None)
-    tensors = [torch.from_numpy(array) for array in pad_step(step, shape).arrays()]
-    logits = padded_logits(language, tensors, shape, padded, arena)[: step.num_samples]
+    recorded = arena.clone()
+    scatter = ScatterBatch.from_step(step, "cpu")
+    assert (scatter is not None) == (shape.scatter > 0) and shape.recording == any(kind == 2 for *_, kind in pieces)
+    expected = language.forward(ForwardBatch.from_step(step, "cpu"), plain, arena, scatter)
+    logits = padded_logits(language, fixed(step, shape), shape, padded, recorded)[: step.num_samples]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(recorded, arena, rtol=1e-5, atol=1e-5)
 
 
 def test_decode_is_one_query_per_sequence() -> None:
-    shape = shape_for(step_of(np.random.default_rng(0), [(30, 1, False), (7, 1, False), (100, 1, False)]))
-    assert shape is not None and (shape.rows, shape.samples, shape.segments, shape.max_q) == (4, 4, 4, 1)
+    shape = shape_for(step_of(np.random.default_rng(0), [(30, 1, TEXT_ONLY), (7, 1, TEXT_ONLY), (100, 1, TEXT_ONLY)]))
+    assert shape is not None and (shape.rows, shape.samples, shape.segments, shape.far_max_q) == (4, 4, 4, 1)
 
 
 def test_what_does_not_qualify() -> None:
     rng = np.random.default_rng(0)
-    assert shape_for(step_of(rng, [(0, 1025, False)])) is None, "too many rows"
-    pyramid = step_of(rng, [(0, 8, True)])
+    assert shape_for(step_of(rng, [(0, 2049, TEXT_ONLY)])) is None, "too many rows"
+    pyramid = step_of(rng, [(0, 8, REUSED)])
     shrinking = ChunkWork(
         np.ones(40, np.int64),
         np.zeros((3, 40), np.int32),
@@ -92,18 +128,69 @@ def test_what_does_not_qualify() -> None:
     assert shape_for(pyramid) is not None and shape_for(step) is None, "rows shrink from layer to layer"
 
 
+def test_padding_alone_writes_nothing_and_is_finite() -> None:
+    language, _ = random_models(CONFIG, torch.device("cpu"), torch.float32)
+    for pieces in ([(0, 30, TEXT_ONLY)], [(3, 20, REUSED), (9, 1, TEXT_ONLY)], [(0, 25, FRESH), (2, 40, TEXT_ONLY)]):
+        shape = shape_for(step_of(np.random.default_rng(0), pieces))
+        assert shape is not None
+        pages, arena = memory("cpu", torch.float32)
+        before = pages.clone(), arena.clone()
+        inputs = FixedInputs(PaddedStep.empty(shape, BLOCK).arrays(), torch.device("cpu"))
+        step = PaddedStep(*inputs.arrays)
+        for array in inputs.arrays:
+            array[...] = 1
+        fill_padding(shape, step)
+        inputs.send()
+        assert step.cu_q[-1] == shape.rows and (np.diff(step.cu_q) >= 0).all()
+        assert np.diff(step.cu_q).max() <= max(shape.far_max_q, shape.near_max_q) and step.kv_len.max() <= shape.max_kv
+        assert padded_logits(language, inputs.tensors, shape, pages, arena).isfinite().all()
+        assert torch.equal(pages, before[0]) and torch.equal(arena, before[1])
+
+
+@pytest.mark.parametrize("lengths", [(30,), (30, 100, 7), (3000, 1), (10,) * 9])
+def test_decode_steps_find_the_shapes_prepared_for_them(lengths: tuple[int, ...]) -> None:
+    tokens, rope = np.ones(4096, np.int64), np.zeros((3, 4096), np.int32)
+    table = np.arange(256)
+    chunks = [ChunkWork(tokens, rope, table, n - 1, n, True) for n in lengths]
+    step = build_step(chunks, num_layers=TEXT.num_layers, block_size=BLOCK, kv_row=8, hidden=8)
+    prepared = decode_shapes(max_batch=12, max_keys=4000)
+    assert len(prepared) == 2 * ROWS.index(16) + 2 == len(set(prepared))
+    assert shape_for(step) in prepared
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_graphs_replay_what_is_launched() -> None:
     language, _ = random_models(CONFIG, torch.device("cuda"), torch.bfloat16)
     plain, arena = memory("cuda", torch.bfloat16)
     replayed = plain.clone()
-    graphs = GraphedForward(language, replayed, arena)
     rng = np.random.default_rng(0)
-    for pieces in ([(0, 30, False)], [(3, 20, True), (9, 1, False)], [(0, 25, False)], [(30, 1, False), (7, 1, False)]):
+    recorded = arena.clone()
+    graphs = GraphedForward(language, replayed, recorded)
+    for pieces in ([(0, 30, TEXT_ONLY)], [(3, 20, REUSED), (9, 1, TEXT_ONLY)], [(0, 25, FRESH)], [(30, 1, TEXT_ONLY)]):
         step = step_of(rng, pieces)
-        expected = language.forward(ForwardBatch.from_step(step, "cuda"), plain, arena, None)
-        logits = graphs.logits(step)
-        assert logits is not None
-        torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
-        torch.testing.assert_close(replayed, plain, rtol=2e-2, atol=2e-2)
+        scatter = ScatterBatch.from_step(step, "cuda")
+        expected = language.forward(ForwardBatch.from_step(step, "cuda"), plain, arena, scatter)
+        for _ in range(PATIENCE - 1):
+            assert graphs.run(step) is None, "a shape is captured when it keeps coming back"
+        for _ in range(2):
+            done = graphs.run(step)
+            assert done is not None
+            torch.testing.assert_close(done.logits, expected, rtol=2e-2, atol=2e-2)
+            assert done.likeliest.tolist() == done.logits.argmax(-1).tolist()
+            torch.testing.assert_close(replayed, plain, rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(recorded, arena, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_an_idle_engine_captures_what_was_used() -> None:
+    language, _ = random_models(CONFIG, torch.device("cuda"), torch.bfloat16)
+    pages, arena = memory("cuda", torch.bfloat16)
+    graphs = GraphedForward(language, pages, arena)
+    step = step_of(np.random.default_rng(0), [(3, 20, REUSED)])
+    before = pages.clone()
+    assert not graphs.capture_wanted() and graphs.run(step) is None
+    assert graphs.capture_wanted() and not graphs.capture_wanted()
+    assert torch.equal(pages, before), "capturing runs on padding"
+    assert graphs.run(step) is not None

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 if importlib.util.find_spec("triton") is None:  # only Linux has it
-    collect_ignore = ["test_segment_attention.py", "test_write_kernels.py", "test_pointwise.py"]
+    collect_ignore = ["test_segment_attention.py", "test_write_kernels.py", "test_pointwise.py", "test_gemv.py"]
 
 
 @pytest.fixture(

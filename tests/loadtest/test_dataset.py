@@ -60,3 +60,24 @@ def test_the_formats_of_public_generators(tmp_path: Path) -> None:
 def test_an_unknown_format_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'csv'"):
         dataset.write(tmp_path, SCENARIOS["chat"], plan(SCENARIOS["chat"], 0, 1, 0), 0, ("csv",))
+
+
+def test_pictures_drawn_ahead_in_processes_are_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario = SCENARIOS["document-qa"]
+    planned = plan(scenario, 0.5, 6, seed=77)
+    pictures = {picture for each in planned for picture in each.images}
+    alone = dataset.render(scenario, planned, 77)
+    dataset._gallery.clear()
+    monkeypatch.setattr(dataset, "CELLS_PER_PROCESS", 64)
+    monkeypatch.setattr(dataset.os, "cpu_count", lambda: 2)
+    dataset.prepare(planned)
+    assert set(dataset._gallery) == pictures
+    assert dataset.render(scenario, planned, 77) == alone
+
+
+def test_only_so_many_pictures_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "GALLERY", 3)
+    scenario = SCENARIOS["document-qa"]
+    planned = plan(scenario, 0.0, 5, seed=78)
+    dataset.render(scenario, planned, 78)
+    assert len(dataset._gallery) == 3

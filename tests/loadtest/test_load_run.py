@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import msgspec
@@ -15,6 +18,7 @@ from typer.testing import CliRunner
 
 from vlcache_dist.cli import app
 from vlcache_dist.loadtest import report
+from vlcache_dist.loadtest import run as load
 from vlcache_dist.loadtest.counters import Disagreement, EndpointDead
 from vlcache_dist.loadtest.records import Objective, Run
 from vlcache_dist.loadtest.run import Options, OutOfTime, find, measure
@@ -95,7 +99,8 @@ def test_an_endpoint_that_dies_is_a_loud_failure(served: Served, backend: Cachin
         (["--url", "http://127.0.0.1:9"], "EndpointDead: http://127.0.0.1:9/v1/models does not answer"),
         (["--scenario", "nonsense"], "ConfigError: scenario 'nonsense' is unknown"),
         (["--scenario", "missing.json"], "ConfigError: scenario 'missing.json' is unknown"),
-        (["--api-keys", "/nowhere"], "FileNotFoundError"),
+        (["--api-keys", "/nowhere"], "ConfigError: API keys cannot be read from /nowhere: No such file"),
+        (["--url", "http://127.0.0.1:9", "--address", "127.0.0.1:9"], "ConfigError: nothing answers at 127.0.0.1:9"),
         (["--share", "100", "--export", "{out}"], "ConfigError: reuse share = 1.0"),
     ],
 )
@@ -105,9 +110,18 @@ def test_bad_input_ends_in_one_sentence(arguments: Sequence[str], word: str, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_time_is_bounded(served: Served) -> None:
+def test_time_is_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(load, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    point = load._point
+
+    def slow_point(*arguments: Any) -> Any:
+        now[0] += 60.0
+        return point(*arguments)
+
+    monkeypatch.setattr(load, "_point", slow_point)
     with pytest.raises(OutOfTime, match="before point 2"):
-        measure(find(served.url), msgspec.structs.replace(OPTIONS, limit_s=0.5), silent)
+        measure(find(served.url), msgspec.structs.replace(OPTIONS, limit_s=30.0), silent)
     assert msgspec.structs.replace(OPTIONS, max_requests=7).count(40.0) == 7
 
 
@@ -138,17 +152,33 @@ def check_page(page: str, run: Run) -> None:
             assert f"<td>{arm.summary.ttft_p50:.0f}</td>" in page
 
 
+def test_clients_that_were_late_are_told(served: Served) -> None:
+    run = measure(find(served.url), msgspec.structs.replace(OPTIONS, shares=(0.5,)), silent)
+    (point,) = run.points
+    prompt, slow = (
+        [
+            msgspec.structs.replace(arm, summary=msgspec.structs.replace(arm.summary, late_p99_ms=late))
+            for arm in point.arms
+        ]
+        for late in (3.0, 4321.0)
+    )
+    assert report.late([msgspec.structs.replace(point, arms=prompt)]) == ""
+    late = msgspec.structs.replace(point, arms=slow)
+    assert "by up to 4321 ms" in report.late([late]) and report.late([late]) in report.markdown([late])
+    assert "by up to 4321 ms" in report.html(msgspec.structs.replace(run, points=[late]))
+
+
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "loadtest-tiny-cpu.json"
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="no recorded run")
 def test_the_report_of_the_recorded_run() -> None:
     run = msgspec.json.decode(RECORDED.read_bytes(), type=Run)
     check_page(report.html(run), run)
     assert [round(point.share, 2) for point in run.points] == [0.0, 0.25, 0.5, 0.75, 0.95]
     assert all([arm.reuse for arm in point.arms] == ["off", "approx"] for point in run.points)
-    shown = (RECORDED.parents[2] / "docs" / "load-testing.md").read_text()
-    assert report.markdown(run.points) in shown, "docs/load-testing.md shows another run"
+    shown = (RECORDED.parents[2] / "docs" / "performance.md").read_text()
+    assert report.markdown(run.points) in shown, "docs/performance.md shows another run"
+    assert "localcluster" in shown and run.clients == 4 and run.workers == {"encoder": 1, "prefill": 2, "decode": 1}
 
 
 def test_export_writes_files_and_sends_nothing(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ class Bench:
         self.arena, self.store = build_store(self.layout, settings, self.device)
         limit = max(self.config.text.max_position_embeddings, max_vision_tokens + 2048)
         self.engine = build_engine(language, self.config, settings, self.arena, self.store, max_model_len=limit)
+        self.text_tokens = TEXT_TOKENS
         self.rng = np.random.default_rng(0)
         self._requests = 0
 
@@ -82,27 +83,34 @@ class Bench:
 
     def cold_ms(self, image: _Image) -> float:
         """One cold request, from patches on the host to the first token."""
-        generation = self._generation(image)
+        generation = self._generation([image])
         started = time.perf_counter()
         rows = self.tower.forward(image.patches, [image.grid])
         embedding = self._store_embedding(image, rows)
         record = self.store.begin(
             ObjectKind.KV, image.key, new_variant(), self.layout.kv_elements(image.tokens), time.monotonic()
         )
-        self._run(generation, Compute(embedding, record))
+        self._run([(generation, [Compute(embedding, record)])])
         return (time.perf_counter() - started) * 1e3
 
     def warm_ms(self, image: _Image) -> float:
         """One warm request; the image's objects must be in the store."""
-        generation = self._generation(image)
-        depths = self.plan.depths(image.tokens, self.layout.num_layers)
+        return self.warm_batch_ms([image], 1)
+
+    def warm_batch_ms(self, images: Sequence[_Image], requests: int) -> float:
+        """``requests`` warm requests at once, each about all ``images``, until all have their first token."""
+        generations = [self._generation(images) for _ in range(requests)]
+        depths = [self.plan.depths(image.tokens, self.layout.num_layers) for image in images]
         started = time.perf_counter()
+        self._run([(g, [self._reuse(*pair) for pair in zip(images, depths, strict=True)]) for g in generations])
+        return (time.perf_counter() - started) * 1e3
+
+    def _reuse(self, image: _Image, depths: np.ndarray) -> Reuse:
         kv = self.store.lookup(ObjectKind.KV, image.key, pin=True)
         embedding = self.store.lookup(ObjectKind.EMBEDDING, image.key, pin=True)
         if kv is None or embedding is None:
             raise RuntimeError("the image is not in the store: a cold request must come first")
-        self._run(generation, Reuse(kv, depths, embedding))
-        return (time.perf_counter() - started) * 1e3
+        return Reuse(kv, depths, embedding)
 
     def tower_ms(self, image: _Image) -> float:
         """The vision tower alone."""
@@ -174,17 +182,23 @@ class Bench:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _generation(self, image: _Image) -> Generation:
-        """A request with its own text: half of it in front of the image, half behind."""
+    def _generation(self, images: Sequence[_Image]) -> Generation:
+        """A request with its own text: half of it in front of the images, half behind, a token between two of them."""
         self._requests += 1
-        text = self.rng.integers(1, min(self.config.image_token_id, 800), TEXT_TOKENS).tolist()
-        half = TEXT_TOKENS // 2
-        tokens = (*text[:half], *(self.config.image_token_id for _ in range(image.tokens)), *text[half:])
+        text = self.rng.integers(1, min(self.config.image_token_id, 800), self.text_tokens + len(images)).tolist()
+        half = self.text_tokens // 2
+        tokens, spans = text[:half], []
+        for index, image in enumerate(images):
+            if index:
+                tokens.append(text.pop())
+            spans.append(MediaSpan(image.key, len(tokens), image.tokens, image.grid, index=index))
+            tokens += [self.config.image_token_id] * image.tokens
+        tokens += text[half : self.text_tokens]
         return Generation(
             request_id=str(self._requests),
             tenant="",
-            token_ids=tokens,
-            spans=(MediaSpan(image.key, half, image.tokens, image.grid),),
+            token_ids=tuple(tokens),
+            spans=tuple(spans),
             sampling=SamplingParams(max_tokens=1, ignore_eos=True),
             reuse=ReuseMode.APPROX,
             plan=str(self.plan),
@@ -196,18 +210,21 @@ class Bench:
         self.engine.runner.store_embeddings(rows, extent)
         return self.store.commit(extent, pin=True)
 
-    def _run(self, generation: Generation, source: Compute | Reuse) -> None:
-        self.engine.add(generation, time.monotonic())
-        finished = False
+    def _run(self, requests: Sequence[tuple[Generation, Sequence[Compute | Reuse]]]) -> None:
+        finished = 0
+        for generation, _ in requests:
+            self.engine.add(generation, time.monotonic())
+        sources = {generation.request_id: given for generation, given in requests}
         while self.engine.has_work():
             for event in self.engine.step(time.monotonic()):
                 if isinstance(event, Admitted):
-                    self.engine.provide(generation.request_id, 0, source)
+                    for index, source in enumerate(sources[event.request_id]):
+                        self.engine.provide(event.request_id, index, source)
                 elif isinstance(event, Failed):
                     raise event.error
                 elif isinstance(event, TokenEvent):
-                    finished = event.finish is not None
-        if not finished:
+                    finished += event.finish is not None
+        if finished != len(requests):
             raise RuntimeError("the engine came to rest without a token")
 
     def _wait(self) -> None:

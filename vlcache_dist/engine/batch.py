@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
+FAR = 4  #: a segment that sees at least 1 / FAR of the most keys is attended with those that see most
 ALL_LAYERS = 1 << 30  #: depth of a run that is computed in every layer, however many the model has
 
 Run = tuple[int, int, int]  #: positions [start, stop) of equal depth
@@ -87,6 +88,8 @@ class StepBatch:
     max_q: tuple[int, ...]
     max_kv: int
     num_samples: int
+    far_rows: int
+    far_segs: int
     row_chunk: np.ndarray  # int32 [R]: which chunk a row belongs to (for accounting)
     row_position: np.ndarray  # int32 [R]: its position in that sequence
     row_depth: np.ndarray  # int32 [R]
@@ -126,15 +129,17 @@ def build_step(chunks: Sequence[ChunkWork], *, num_layers: int, block_size: int,
     extent, or a computed vision token without embedding: the scheduler must not have scheduled those.
     """
     chunk_slots = [block_slots(c.block_table, block_size) if c.slots is None else c.slots for c in chunks]
-    runs = [
-        (-depth, c, start, stop)
+    deepest = [
+        (depth, c, start, stop)
         for c, chunk in enumerate(chunks)
         for start, stop, depth in chunk_runs(chunk, num_layers)
         if depth > 0
     ]
-    runs.sort()
-    table = np.array(runs, np.int32).reshape(-1, 4)
-    depths, starts, stops = -table[:, 0], table[:, 2], table[:, 3]
+    most = max((stop for *_, stop in deepest), default=0)
+    runs = sorted((-depth, depth <= num_layers and stop * FAR < most, c, a, stop) for depth, c, a, stop in deepest)
+    far_segs = sum(-depth >= num_layers and not near for depth, near, *_ in runs) or len(runs)
+    table = np.array(runs, np.int32).reshape(-1, 5)
+    depths, starts, stops = -table[:, 0], table[:, 3], table[:, 4]
     lengths = stops - starts
     cu_q = np.zeros(len(runs) + 1, np.int32)
     np.cumsum(lengths, out=cu_q[1:])
@@ -150,7 +155,7 @@ def build_step(chunks: Sequence[ChunkWork], *, num_layers: int, block_size: int,
     embed_offset: list[np.ndarray] = []
 
     row = 0
-    for segment, (_, c, a, b) in enumerate(runs):
+    for segment, (_, _, c, a, b) in enumerate(runs):
         chunk, end = chunks[c], row + b - a
         token_ids[row:end] = chunk.token_ids[a:b]
         positions[:, row:end] = chunk.positions[:, a:b]
@@ -194,7 +199,9 @@ def build_step(chunks: Sequence[ChunkWork], *, num_layers: int, block_size: int,
         max_q=tuple(longest[segs_deeper].tolist()),
         max_kv=int(stops.max()) if len(stops) else 0,
         num_samples=sum(chunk.sample for chunk in chunks),
-        row_chunk=np.repeat(table[:, 1], lengths),
+        far_rows=int(cu_q[far_segs]),
+        far_segs=far_segs,
+        row_chunk=np.repeat(table[:, 2], lengths),
         row_position=np.arange(num_rows, dtype=np.int32) + np.repeat(starts - cu_q[:-1], lengths),
         row_depth=row_depth,
         scatter_src=src,

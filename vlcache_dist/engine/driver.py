@@ -27,6 +27,8 @@ class SteppingEngine(Protocol):
 
     def step(self, now: float) -> list[Any]: ...
 
+    def idle(self) -> bool: ...
+
 
 class EngineDriver:
     """Owns ``engine`` from ``start`` to ``close``.
@@ -96,10 +98,16 @@ class EngineDriver:
             self._on_crash(error)
 
     def _wait_for_work(self) -> bool:
-        with self._wake:
-            while not self._closing and not self._calls and not self.engine.has_work():
-                self._wake.wait()
-            return not self._closing
+        """Idle, then sleep, until there is a call or work; False when closing."""
+        prepared = False
+        while True:
+            with self._wake:
+                if self._closing or self._calls or self.engine.has_work():
+                    return not self._closing
+                if prepared:
+                    self._wake.wait()
+                    continue
+            prepared = not self.engine.idle()
 
     def _run_calls(self) -> None:
         while True:

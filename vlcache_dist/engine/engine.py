@@ -41,7 +41,7 @@ from vlcache_dist.engine.handoff import HandoverBook
 from vlcache_dist.engine.origins import SlotOrigins
 from vlcache_dist.engine.runner import Runner
 from vlcache_dist.engine.scheduler import Scheduler
-from vlcache_dist.engine.sequence import Sequence, SpanState
+from vlcache_dist.engine.sequence import Sequence, SpanState, prompt_tokens
 from vlcache_dist.engine.watch import Look, Watched
 from vlcache_dist.errors import BadRequest, EngineError, Overloaded, PromptTooLong, VLCacheError
 from vlcache_dist.kv.block_chain import BlockChain
@@ -123,12 +123,14 @@ class Engine:
                 f"more than {self.config.max_model_len}"
             )
         positions, delta = mrope_positions(num_prompt, generation.spans, self.model)
+        tokens = prompt_tokens(generation)
         sequence = Sequence(
             generation,
+            tokens,
             mode,
             positions,
             delta,
-            self._chain(generation, mode),
+            self._chain(generation, tokens, mode),
             num_layers=self.layout.num_layers,
             block_size=self.config.block_size,
             arrived=now,
@@ -199,6 +201,10 @@ class Engine:
         if self._events or self._scheduler.can_run():
             return True
         return not self._no_blocks and self._scheduler.next_waiting() is not None
+
+    def idle(self) -> bool:
+        """Use the time in which nobody waits; False if there is nothing to do with it."""
+        return self.runner.prepare()
 
     def _admit(self, now: float) -> None:
         while (sequence := self._scheduler.next_waiting()) is not None:
@@ -437,11 +443,11 @@ class Engine:
     def _blocks_for(self, sequence: Sequence) -> int:
         return -(-sequence.capacity // self.config.block_size)
 
-    def _chain(self, generation: Generation, mode: Mode) -> BlockChain | None:
+    def _chain(self, generation: Generation, tokens: np.ndarray, mode: Mode) -> BlockChain | None:
         if mode is Mode.DECODE or generation.reuse is ReuseMode.OFF:
             return None
         return BlockChain(
-            np.array(generation.token_ids, np.int32),
+            tokens,
             generation.spans,
             block_size=self.config.block_size,
             tenant=generation.tenant,

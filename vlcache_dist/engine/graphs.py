@@ -1,246 +1,373 @@
-"""Small forward passes replayed from CUDA graphs: decode, and warm prefill.
+"""Forward passes replayed from CUDA graphs: decode, warm prefill, and cold prefill of small images.
 
 A warm prefill of a few hundred rows takes some 5 ms on the GPU and three times as long to launch kernel by kernel; in a
-graph the launches cost nothing. A graph is captured for a *shape*, at its first use, and a step is padded to the least
-shape that holds it. Padding rows write nowhere (slot -1) and attend to block 0, which is finite whatever it holds.
+graph the launches cost nothing. A graph is captured for a *shape*, and a step is padded to the least shape that holds
+it. Padding rows write nowhere (slot -1) and attend to block 0, which is finite whatever it holds. Capturing takes ten
+times as long as a step, so it is done before the first request (decode, ``warm_up``), when the engine is idle (shapes
+that were used), or at the third use; until then a step is launched kernel by kernel.
 
-Only steps in which every row goes through every layer qualify (text, decode, uniform plans) and nothing is recorded:
-what shrinks from layer to layer, and cold prefill, is launched kernel by kernel.
+Scattering the reused tokens, recording, and drawing the likeliest tokens are in the graph, so that such a step is one
+copy to the device, one launch and one copy back. Only steps in which every row goes through every layer qualify
+(text, decode, fresh images, uniform plans): what shrinks from layer to layer is launched kernel by kernel, and so are
+large passes, whose kernels hide the launches.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from vlcache_dist.engine.batch import StepBatch
-from vlcache_dist.model.batch import ForwardBatch
+from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
+from vlcache_dist.model.capture import captured
 from vlcache_dist.model.language import LanguageModel
+from vlcache_dist.model.upload import FixedInputs
 
 log = logging.getLogger(__name__)
 
-ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
-MAX_GRAPHS = 96
-LEAST_KEYS = 2048
-_ALIGN = 16
+ROWS = (1, 2, 4, *range(8, 129, 8), *range(144, 513, 16), *range(544, 1025, 32), *range(1152, 2049, 128))
+MAX_GRAPHS = 192
+LEAST_KEYS = 2048  #: and more than any padding
+LEAST_NEAR_KEYS = 256
+LEAST_SCATTER = 256
+FAR_STEP = 16  #: rows of the far group are padded to a multiple of it
+PATIENCE = 3  #: uses after which a shape is captured although somebody waits
+_REMEMBERED = 1024  #: shapes without a graph
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a graph is captured for: ``rows`` of which the first ``samples`` are sampled, ``segments``, the block
-    table's ``width``, and bounds of queries per segment and of keys."""
+    """What a graph is captured for: ``rows``, the first ``samples`` of which are sampled, ``far`` more that see many
+    keys, and the rest, near ones (see ``model.batch``); the segments of far and near rows, sampled ones apart, with
+    bounds of queries and keys; reused tokens that are scattered first; whether rows are recorded."""
 
     rows: int
     samples: int
-    segments: int
-    width: int
-    max_q: int
+    far: int
+    far_segments: int
+    far_max_q: int
     max_kv: int
+    near_segments: int
+    near_max_q: int
+    near_max_kv: int
+    scatter: int
+    recording: bool
+
+    @property
+    def segments(self) -> int:
+        return self.samples + self.far_segments + self.near_segments
+
+    @property
+    def near(self) -> int:
+        return self.rows - self.samples - self.far
 
 
 @dataclass(slots=True)
 class PaddedStep:
-    """A step's arrays in a shape. ``embed_mask``: rows whose input is encoder output."""
+    """A step's arrays in a shape, in the order in which they travel. ``embed_mask``: rows whose input is encoder
+    output."""
 
     token_ids: np.ndarray  # int64 [rows]
     slots: np.ndarray  # int64 [rows]
     embed_offset: np.ndarray  # int64 [rows]
+    record_base: np.ndarray  # int64 [rows], -1: not recorded
+    record_tokens: np.ndarray  # int64 [rows]
     positions: np.ndarray  # int32 [3, rows]
     cu_q: np.ndarray  # int32 [segments + 1]
+    near_cu: np.ndarray  # int32 [near_segments + 1]
     kv_len: np.ndarray  # int32 [segments]
-    block_table: np.ndarray  # int32 [segments, width]
+    block_table: np.ndarray  # int32 [segments, blocks of max_kv keys]
     embed_mask: np.ndarray  # bool [rows]
+    scatter_src: np.ndarray  # int64 [scatter]
+    scatter_tokens: np.ndarray  # int64 [scatter]
+    scatter_slots: np.ndarray  # int64 [scatter], -1: padding
+    scatter_positions: np.ndarray  # int32 [3, scatter]
+
+    @classmethod
+    def empty(cls, shape: Shape, block_size: int) -> PaddedStep:
+        rows, scatter, width = shape.rows, shape.scatter, -(-shape.max_kv // block_size)
+        return cls(
+            token_ids=np.empty(rows, np.int64),
+            slots=np.empty(rows, np.int64),
+            embed_offset=np.empty(rows, np.int64),
+            record_base=np.empty(rows, np.int64),
+            record_tokens=np.empty(rows, np.int64),
+            positions=np.empty((3, rows), np.int32),
+            cu_q=np.empty(shape.segments + 1, np.int32),
+            near_cu=np.empty(shape.near_segments + 1, np.int32),
+            kv_len=np.empty(shape.segments, np.int32),
+            block_table=np.empty((shape.segments, width), np.int32),
+            embed_mask=np.empty(rows, bool),
+            scatter_src=np.empty(scatter, np.int64),
+            scatter_tokens=np.empty(scatter, np.int64),
+            scatter_slots=np.empty(scatter, np.int64),
+            scatter_positions=np.empty((3, scatter), np.int32),
+        )
 
     def arrays(self) -> tuple[np.ndarray, ...]:
-        return (
-            self.token_ids,
-            self.slots,
-            self.embed_offset,
-            self.positions,
-            self.cu_q,
-            self.kv_len,
-            self.block_table,
-            self.embed_mask,
-        )
+        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 def shape_for(step: StepBatch) -> Shape | None:
     """The least shape that holds a step; None if it must be launched kernel by kernel."""
     rows, samples = len(step.token_ids), step.num_samples
-    uniform = all(n == rows for n in step.rows_kv) and all(n == rows for n in step.rows_q[:-1])
-    if not samples or not uniform or step.rows_q[-1] != samples or (step.record_base >= 0).any():
+    if not samples or rows > ROWS[-1] or step.rows_q[-1] != samples:
+        return None
+    if any(n != rows for n in step.rows_kv) or any(n != rows for n in step.rows_q[:-1]):
         return None
     padded_samples = _at_least(samples, ROWS)
-    others = rows - samples
-    padded_rows = None if padded_samples is None else _at_least(padded_samples + others, ROWS)
-    if padded_samples is None or padded_rows is None:
+    if padded_samples is None:
         return None
-    max_q, segments = 1, padded_samples
-    if others:
-        max_q = _power_of_two(max(step.max_q[0], padded_rows - padded_samples - others))
-        segments += _power_of_two(len(step.kv_len) - samples + 1)
+    far, near = step.far_rows - samples, rows - step.far_rows
+    if near:
+        far = -(-far // FAR_STEP) * FAR_STEP
+    padded_rows = _at_least(padded_samples + far + near, ROWS) if far + near else padded_samples
+    if padded_rows is None:
+        return None
+    if not near:
+        far = padded_rows - padded_samples
+    near_padded = padded_rows - padded_samples - far
+    lengths = np.diff(step.cu_q)
+    scatter = len(step.scatter_src)
     return Shape(
         rows=padded_rows,
         samples=padded_samples,
-        segments=segments,
-        width=_power_of_two(step.block_table.shape[1]),
-        max_q=max_q,
+        far=far,
+        far_segments=_power_of_two(step.far_segs - samples + 1) if far else 0,
+        far_max_q=_power_of_two(max(lengths[samples : step.far_segs].max(initial=1), far - step.far_rows + samples)),
         max_kv=max(LEAST_KEYS, _power_of_two(step.max_kv)),
+        near_segments=_power_of_two(len(lengths) - step.far_segs + 1) if near else 0,
+        near_max_q=_power_of_two(max(lengths[step.far_segs :].max(initial=0), near_padded - near)) if near else 0,
+        near_max_kv=max(LEAST_NEAR_KEYS, _power_of_two(step.kv_len[step.far_segs :].max())) if near else 0,
+        scatter=max(LEAST_SCATTER, _power_of_two(scatter)) if scatter else 0,
+        recording=bool((step.record_base >= 0).any()),
     )
 
 
-def pad_step(step: StepBatch, shape: Shape) -> PaddedStep:
-    """Sampled rows first, padded to ``shape.samples``; then the others; then padding rows as one segment."""
-    rows, samples, segments = len(step.token_ids), step.num_samples, len(step.kv_len)
-    others = rows - samples
-    end = shape.samples + others
-    where = np.concatenate((np.arange(samples), np.arange(shape.samples, end)))
-    token_ids = np.zeros(shape.rows, np.int64)
-    slots = np.full(shape.rows, -1, np.int64)
-    embed_offset = np.zeros(shape.rows, np.int64)
-    positions = np.zeros((3, shape.rows), np.int32)
-    embed_mask = np.zeros(shape.rows, bool)
-    token_ids[where], slots[where], positions[:, where] = step.token_ids, step.slots, step.positions
-    embed_offset[where[step.embed_rows]] = step.embed_offset
-    embed_mask[where[step.embed_rows]] = True
-
-    cu_q = np.full(shape.segments + 1, shape.rows, np.int32)
-    kv_len = np.zeros(shape.segments, np.int32)
-    table = np.zeros((shape.segments, shape.width), np.int32)
-    width = step.block_table.shape[1]
-    cu_q[: shape.samples + 1] = np.arange(shape.samples + 1)
-    kv_len[: shape.samples] = 1
-    kv_len[:samples] = step.kv_len[:samples]
-    table[:samples, :width] = step.block_table[:samples]
-    after = shape.samples + segments - samples
-    cu_q[shape.samples : after + 1] = step.cu_q[samples:] + (shape.samples - samples)
-    kv_len[shape.samples : after] = step.kv_len[samples:]
-    table[shape.samples : after, :width] = step.block_table[samples:]
-    if after < shape.segments:
-        kv_len[after] = shape.rows - end
-    return PaddedStep(token_ids, slots, embed_offset, positions, cu_q, kv_len, table, embed_mask)
-
-
-def forward_batch(tensors: Sequence[torch.Tensor], shape: Shape, num_layers: int) -> ForwardBatch:
-    """The padded step's tensors (in the order of ``PaddedStep.arrays``) as a model's input; encoder output is put in by
-    ``embed_padded``."""
-    token_ids, slots, _, positions, cu_q, kv_len, block_table, _ = tensors
-    empty = torch.empty(0, dtype=torch.int64, device=token_ids.device)
-    return ForwardBatch(
-        token_ids=token_ids,
-        positions=positions,
-        slots=slots,
-        embed_rows=empty,
-        embed_offset=empty,
-        record_base=empty,
-        record_tokens=empty,
-        cu_q=cu_q,
-        kv_len=kv_len,
-        block_table=block_table,
-        rows_kv=(shape.rows,) * num_layers,
-        rows_q=(*(shape.rows,) * (num_layers - 1), shape.samples),
-        segs_q=(*(shape.segments,) * (num_layers - 1), shape.samples),
-        max_q=(*(shape.max_q,) * (num_layers - 1), 1),
-        max_kv=shape.max_kv,
-        num_samples=shape.samples,
-        any_record=False,
+def pad_step(step: StepBatch, shape: Shape, into: PaddedStep) -> None:
+    """Overwrite ``into``: sampled, far and near rows, each padded to the shape; far and near padding is a segment."""
+    rows, samples, far = len(step.token_ids), step.num_samples, step.far_rows
+    near_start = shape.samples + shape.far
+    parts = (
+        (0, samples, 0, shape.samples),
+        (samples, far, shape.samples, near_start),
+        (far, rows, near_start, shape.rows),
     )
+    for target, source, padding in (
+        (into.token_ids, step.token_ids, 0),
+        (into.slots, step.slots, -1),
+        (into.record_base, step.record_base, -1),
+        (into.record_tokens, step.record_tokens, 0),
+        (into.positions, step.positions, 0),
+    ):
+        for first, last, start, stop in parts:
+            end = start + last - first
+            target[..., start:end] = source[..., first:last]
+            target[..., end:stop] = padding
+    into.embed_offset[:] = 0
+    into.embed_mask[:] = False
+    if len(step.embed_rows):
+        shift = np.array([0, shape.samples - samples, near_start - far])
+        where = step.embed_rows + shift[np.searchsorted((samples, far), step.embed_rows, side="right")]
+        into.embed_offset[where] = step.embed_offset
+        into.embed_mask[where] = True
+
+    into.block_table[:] = 0
+    width = min(step.block_table.shape[1], into.block_table.shape[1])
+    into.cu_q[: shape.samples] = np.arange(shape.samples)
+    into.kv_len[: shape.samples] = 1
+    into.kv_len[:samples] = step.kv_len[:samples]
+    into.block_table[:samples, :width] = step.block_table[:samples, :width]
+    near_segment = shape.samples + shape.far_segments
+    for first, last, start, stop, shift_by, end in (
+        (samples, step.far_segs, shape.samples, near_segment, shape.samples - samples, near_start),
+        (step.far_segs, len(step.kv_len), near_segment, shape.segments, near_start - far, shape.rows),
+    ):
+        used = start + last - first
+        into.cu_q[start:used] = step.cu_q[first:last] + shift_by
+        into.kv_len[start:used], into.kv_len[used:stop] = step.kv_len[first:last], 0
+        into.block_table[start:used, :width] = step.block_table[first:last, :width]
+        if used < stop:  # the padding's segment, and empty ones
+            into.cu_q[used], into.cu_q[used + 1 : stop] = step.cu_q[last] + shift_by, end
+            into.kv_len[used] = end - into.cu_q[used]
+    into.cu_q[-1] = shape.rows
+    into.near_cu[:] = into.cu_q[near_segment:] - near_start
+
+    reused = len(step.scatter_src)
+    into.scatter_src[:reused], into.scatter_src[reused:] = step.scatter_src, 0
+    into.scatter_tokens[:reused], into.scatter_tokens[reused:] = step.scatter_tokens, 0
+    into.scatter_slots[:reused], into.scatter_slots[reused:] = step.scatter_slots, -1
+    into.scatter_positions[:, :reused], into.scatter_positions[:, reused:] = step.scatter_positions, 0
+
+
+def fill_padding(shape: Shape, into: PaddedStep) -> None:
+    """Overwrite ``into`` with padding alone: rows that compute something finite and write nothing."""
+    for array in into.arrays():
+        array[...] = 0
+    for array in (into.slots, into.record_base, into.scatter_slots):
+        array[...] = -1
+    near_start, near_segment = shape.samples + shape.far, shape.samples + shape.far_segments
+    into.cu_q[: shape.samples] = np.arange(shape.samples)
+    into.cu_q[shape.samples : near_segment + 1] = np.linspace(shape.samples, near_start, shape.far_segments + 1)
+    into.cu_q[near_segment:] = np.linspace(near_start, shape.rows, shape.near_segments + 1)
+    into.near_cu[:] = into.cu_q[near_segment:] - near_start
+    into.kv_len[:] = np.diff(into.cu_q)
+
+
+def decode_shapes(max_batch: int, max_keys: int) -> list[Shape]:
+    """The shapes of decode steps of up to ``max_batch`` sequences of up to ``max_keys`` tokens."""
+    bounds = [LEAST_KEYS << i for i in range(_power_of_two(-(-max_keys // LEAST_KEYS)).bit_length())]
+    last = _at_least(min(max_batch, ROWS[-1]), ROWS)
+    return [
+        Shape(rows, rows, 0, 0, 1, keys, 0, 0, 0, scatter=0, recording=False)
+        for keys in bounds
+        for rows in ROWS
+        if last is not None and rows <= last
+    ]
 
 
 @torch.inference_mode()
 def padded_logits(
     model: LanguageModel, tensors: Sequence[torch.Tensor], shape: Shape, pages: torch.Tensor, arena: torch.Tensor
 ) -> torch.Tensor:
-    """fp32 [samples, vocab]; writes K and V of the real rows. What a graph captures; runs anywhere."""
-    batch = forward_batch(tensors, shape, model.config.num_layers)
+    """fp32 [samples, vocab] of a padded step's ``tensors`` (in the order of ``PaddedStep``); scatters reused tokens,
+    writes K and V of the real rows and records them. What a graph captures; runs anywhere."""
+    step = dict(zip((field.name for field in fields(PaddedStep)), tensors, strict=True))
+    layers = model.config.num_layers
+    if shape.scatter:
+        reused = ScatterBatch(
+            step["scatter_src"], step["scatter_tokens"], step["scatter_slots"], step["scatter_positions"]
+        )
+        model.scatter(reused, pages, arena, 0, layers)
+    empty = torch.empty(0, dtype=torch.int64, device=pages.device)
+    batch = ForwardBatch(
+        token_ids=step["token_ids"],
+        positions=step["positions"],
+        slots=step["slots"],
+        embed_rows=empty,
+        embed_offset=empty,
+        record_base=step["record_base"],
+        record_tokens=step["record_tokens"],
+        cu_q=step["cu_q"],
+        kv_len=step["kv_len"],
+        block_table=step["block_table"],
+        rows_kv=(shape.rows,) * layers,
+        rows_q=(*(shape.rows,) * (layers - 1), shape.samples),
+        segs_q=(*(shape.segments,) * (layers - 1), shape.samples),
+        max_q=(*(shape.far_max_q,) * (layers - 1), 1),
+        max_kv=shape.max_kv,
+        far_rows=shape.samples + shape.far,
+        far_segs=shape.samples + shape.far_segments,
+        far_max_q=shape.far_max_q,
+        near_cu=step["near_cu"],
+        near_max_q=shape.near_max_q,
+        near_max_kv=shape.near_max_kv,
+        num_samples=shape.samples,
+        any_record=shape.recording,
+    )
     x = F.embedding(batch.token_ids, model.embed_tokens)
-    encoded = arena.unfold(0, x.shape[1], 1)[tensors[2]].to(x.dtype)
-    x = torch.where(tensors[7][:, None], encoded, x)
-    return model.logits(model.run_layers(x, batch, pages, None, 0, model.config.num_layers))
+    encoded = arena.unfold(0, x.shape[1], 1)[step["embed_offset"]].to(x.dtype)
+    x = torch.where(step["embed_mask"][:, None], encoded, x)
+    return model.logits(model.run_layers(x, batch, pages, arena, 0, layers))
 
 
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a replay leaves on the device, valid until the next one: ``logits`` fp32 [num_samples, vocab] and the
+    likeliest token of each row, int64 [num_samples]."""
+
+    logits: torch.Tensor
+    likeliest: torch.Tensor
+
+
+@dataclass(slots=True)
 class _Graph:
-    """One captured shape with its input buffers and its output."""
+    """One captured shape with its inputs and outputs."""
 
-    def __init__(self, shape: Shape, example: PaddedStep, device: torch.device) -> None:
-        self.shape = shape
-        self._places: list[tuple[int, np.dtype, tuple[int, ...]]] = []
-        total = 0
-        for array in example.arrays():
-            self._places.append((total, array.dtype, array.shape))
-            total += -(-array.nbytes // _ALIGN) * _ALIGN
-        self._bytes = total
-        self._inputs = torch.zeros(total, dtype=torch.uint8, device=device)
-        self.tensors = [
-            self._inputs[start : start + int(np.prod(shape)) * dtype.itemsize]
-            .view(torch.from_numpy(np.empty(0, dtype)).dtype)
-            .view(shape)
-            for start, dtype, shape in self._places
-        ]
-        self.graph = torch.cuda.CUDAGraph()
-        self.logits: torch.Tensor | None = None
-
-    def fill(self, step: PaddedStep) -> None:
-        """One asynchronous copy from pinned memory."""
-        host = torch.empty(self._bytes, dtype=torch.uint8, pin_memory=True)
-        flat = host.numpy()
-        for array, (start, _, _) in zip(step.arrays(), self._places, strict=True):
-            flat[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self._inputs.copy_(host, non_blocking=True)
+    inputs: FixedInputs
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+    likeliest: torch.Tensor
 
 
 class GraphedForward:
-    """Graphs of one model over one set of pages and one arena. One thread owns it."""
+    """Graphs of one model over one set of pages and one arena, the least recently used given up beyond ``MAX_GRAPHS``.
+    One thread owns it."""
 
     def __init__(self, model: LanguageModel, pages: torch.Tensor, arena: torch.Tensor) -> None:
         self._model = model
         self._pages = pages
         self._arena = arena
-        self._graphs: dict[Shape, _Graph] = {}
+        self._graphs: OrderedDict[Shape, _Graph | None] = OrderedDict()  # None: there was no memory for it
+        self._wanted: OrderedDict[Shape, int] = OrderedDict()  # how often each was used without a graph
         self._pool = torch.cuda.graph_pool_handle()
 
-    def logits(self, step: StepBatch) -> torch.Tensor | None:
-        """fp32 [num_samples, vocab], valid until the next call; None if the step does not fit any graph. Reused tokens
-        must have been scattered before."""
+    def run(self, step: StepBatch) -> Replayed | None:
+        """The whole step, scattering included; None, and nothing is done, if it must be launched kernel by kernel."""
         shape = shape_for(step)
         if shape is None:
             return None
-        graph = self._graphs.get(shape)
-        if graph is None:
-            if len(self._graphs) >= MAX_GRAPHS:
+        if shape not in self._graphs:
+            uses = self._wanted[shape] = self._wanted.pop(shape, 0) + 1
+            if len(self._wanted) > _REMEMBERED:
+                self._wanted.popitem(last=False)
+            if uses < PATIENCE:
                 return None
-            graph = self._capture(shape, pad_step(step, shape))
-        graph.fill(pad_step(step, shape))
+            self.capture(shape)
+        graph = self._graphs[shape]
+        self._graphs.move_to_end(shape)
+        if graph is None:
+            return None
+        graph.inputs.wait()
+        pad_step(step, shape, PaddedStep(*graph.inputs.arrays))
+        graph.inputs.send()
         graph.graph.replay()
-        assert graph.logits is not None
-        return graph.logits[: step.num_samples]
+        return Replayed(graph.logits[: step.num_samples], graph.likeliest[: step.num_samples])
 
-    def _capture(self, shape: Shape, step: PaddedStep) -> _Graph:
-        """Run once for the sake of lazy compilation, then capture. Running writes what the step would write."""
-        log.info("capturing %s", shape)
-        graph = _Graph(shape, step, self._pages.device)
-        graph.fill(step)
-        current = torch.cuda.current_stream()
-        side = torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            padded_logits(self._model, graph.tensors, shape, self._pages, self._arena)
-        current.wait_stream(side)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph.graph, pool=self._pool):
-            graph.logits = padded_logits(self._model, graph.tensors, shape, self._pages, self._arena)
-        self._graphs[shape] = graph
-        return graph
+    def capture_wanted(self) -> bool:
+        """Capture the shape that was asked for last; False if none is wanted. What an engine does when it is idle."""
+        if not self._wanted:
+            return False
+        self.capture(next(reversed(self._wanted)))
+        return True
+
+    def capture(self, shape: Shape) -> None:
+        """Make the shape's graph unless it is there. Runs padding through the model once, for the sake of lazy
+        compilation: that writes nothing to pages and arena."""
+        self._wanted.pop(shape, None)
+        if shape in self._graphs:
+            return
+        log.info("capturing %s", astuple(shape))
+        if len(self._graphs) >= MAX_GRAPHS:
+            torch.cuda.synchronize()
+            self._graphs.popitem(last=False)
+        try:
+            self._graphs[shape] = self._make(shape)
+        except torch.OutOfMemoryError as error:
+            log.warning("no memory for the graph of %s, such steps are launched kernel by kernel: %s", shape, error)
+            self._graphs[shape] = None
+
+    def _make(self, shape: Shape) -> _Graph:
+        inputs = FixedInputs(PaddedStep.empty(shape, self._pages.shape[3]).arrays(), self._pages.device)
+        fill_padding(shape, PaddedStep(*inputs.arrays))
+        inputs.send()
+        graph, (logits, likeliest) = captured(lambda: self._forward(inputs, shape), self._pool)
+        return _Graph(inputs, graph, logits, likeliest)
+
+    def _forward(self, inputs: FixedInputs, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = padded_logits(self._model, inputs.tensors, shape, self._pages, self._arena)
+        return logits, logits.argmax(-1)
 
 
 def _at_least(count: int, sizes: Sequence[int]) -> int | None:
     return next((size for size in sizes if size >= count), None)
 
 
-def _power_of_two(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()
+def _power_of_two(count: int | np.integer) -> int:
+    return 1 << max(int(count) - 1, 0).bit_length()

@@ -13,7 +13,7 @@ import torch
 
 from vlcache_dist import kernels
 from vlcache_dist.engine.batch import StepBatch
-from vlcache_dist.engine.graphs import GraphedForward
+from vlcache_dist.engine.graphs import GraphedForward, decode_shapes
 from vlcache_dist.kv.arena import Arena
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
@@ -50,25 +50,33 @@ class Runner:
         self.pages = pages
         self.arena = arena
         self.device = model.device
-        self._graphs = GraphedForward(model, pages, arena.tensor) if self.device.type == "cuda" else None
+        self._graphs = GraphedForward(model, pages, arena.tensor) if kernels.uses_triton(pages) else None
 
     def launch(self, step: StepBatch, params: Sequence[SamplingParams], draws: Sequence[int]) -> Pass:
         """Start a forward pass: scatter, compute, record, draw. ``params`` and ``draws`` (index of the token within its
         answer) belong to the step's sampled rows, in order."""
-        logits = self._forward(step)
+        replayed = None if self._graphs is None else self._graphs.run(step)
+        if replayed is not None and all(p.temperature == 0 and p.logprobs is None for p in params):
+            return Pass(self, Sampled(replayed.likeliest, None, None, None), params)
+        logits = self._forward(step) if replayed is None else replayed.logits
         if not params:
             return Pass(self, None, ())
         return Pass(self, sample(logits, SamplingBatch.build(params, draws, self.device)), params)
 
     def _forward(self, step: StepBatch) -> torch.Tensor:
-        """Reused tokens into the pages, then the pass itself: from a graph if it is small, else kernel by kernel."""
-        scatter = ScatterBatch.from_step(step, self.device)
-        if scatter is not None:
-            self.model.scatter(scatter, self.pages, self.arena.tensor, 0, self.model.config.num_layers)
-        if self._graphs is not None and (logits := self._graphs.logits(step)) is not None:
-            return logits
-        batch = ForwardBatch.from_step(step, self.device)
-        return self.model.forward(batch, self.pages, self.arena.tensor, None)
+        """Kernel by kernel: reused tokens into the pages, then the pass itself."""
+        scatter, batch = ScatterBatch.from_step(step, self.device), ForwardBatch.from_step(step, self.device)
+        return self.model.forward(batch, self.pages, self.arena.tensor, scatter)
+
+    def prepare_decode(self, max_batch: int, max_keys: int) -> None:
+        """Capture the graphs of decode steps before somebody waits for them."""
+        if self._graphs is not None:
+            for shape in decode_shapes(max_batch, max_keys):
+                self._graphs.capture(shape)
+
+    def prepare(self) -> bool:
+        """Do a piece of what will make coming steps faster; False if there is nothing left to prepare."""
+        return self._graphs is not None and self._graphs.capture_wanted()
 
     def pack(self, slots: np.ndarray, staging: Extent) -> None:
         """Copy the slots' rows (int64 [n]) into a staging extent of n rows; waits until they are there."""

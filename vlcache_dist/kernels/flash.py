@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 
-def _first(result: Any) -> torch.Tensor:
-    """The output of a call that may also return the log-sum-exp."""
-    return result[0] if isinstance(result, tuple) else result
+def _first(result: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The output of a call that may also return the log-sum-exp; copied to ``out`` if there is one."""
+    result = result[0] if isinstance(result, tuple) else result
+    return result if out is None else out.copy_(result)
 
 
 class FlashAttention2:
@@ -29,14 +30,15 @@ class FlashAttention2:
 
     def segment_attention(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, cu_q: torch.Tensor, kv_len: torch.Tensor,
-        block_table: torch.Tensor, max_q: int, max_kv: int, scale: float,
+        block_table: torch.Tensor, max_q: int, max_kv: int, scale: float, out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         cu_k = torch.nn.functional.pad(kv_len.cumsum(0, dtype=torch.int32), (1, 0))
         return _first(
             self._varlen(
                 q, k_pages, v_pages, cu_q, cu_k, max_q, max_kv, softmax_scale=scale, causal=True,
                 block_table=block_table,
-            )
+            ),
+            out,
         )  # fmt: skip
 
     def varlen_attention(
@@ -60,13 +62,14 @@ class FlashAttention3:
 
     def segment_attention(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, cu_q: torch.Tensor, kv_len: torch.Tensor,
-        block_table: torch.Tensor, max_q: int, max_kv: int, scale: float,
+        block_table: torch.Tensor, max_q: int, max_kv: int, scale: float, out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         return _first(
             self._cached(
                 q, k_pages, v_pages, cache_seqlens=kv_len, page_table=block_table, cu_seqlens_q=cu_q,
                 max_seqlen_q=max_q, softmax_scale=scale, causal=True,
-            )
+            ),
+            out,
         )  # fmt: skip
 
     def varlen_attention(
@@ -89,13 +92,14 @@ class FlashAttention4:
 
     def segment_attention(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, cu_q: torch.Tensor, kv_len: torch.Tensor,
-        block_table: torch.Tensor, max_q: int, max_kv: int, scale: float,
+        block_table: torch.Tensor, max_q: int, max_kv: int, scale: float, out: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         return _first(
             self._varlen(
                 q, k_pages, v_pages, cu_seqlens_q=cu_q, max_seqlen_q=max_q, max_seqlen_k=max_kv, seqused_k=kv_len,
                 page_table=block_table, softmax_scale=scale, causal=True,
-            )
+            ),
+            out,
         )  # fmt: skip
 
     def varlen_attention(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vlcache_dist.kernels import activation, kv_write, norm, pack, rope
+from vlcache_dist.kernels import linear as products
 from vlcache_dist.kernels import rotate_scatter as extents
 from vlcache_dist.kernels.dispatch import uses_triton
 
@@ -126,3 +127,26 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
         return gpu.silu_mul(gate_up)
     return activation.silu_mul_reference(gate_up)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [R, C] times weight [O, C]: a kernel of its own for one row of 16 bits, the library's otherwise. See
+    ``linear.linear_reference``."""
+    if _one_row(x):
+        from vlcache_dist.kernels.gpu import gemv as gpu
+
+        return gpu.gemv(x, weight, bias)
+    return products.linear_reference(x, weight, bias)
+
+
+def swiglu(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    """x [R, C] through the gated half of an MLP: -> [R, I]. See ``linear.swiglu_reference``."""
+    if _one_row(x):
+        from vlcache_dist.kernels.gpu import gemv as gpu
+
+        return gpu.gated_gemv(x, gate_up)
+    return silu_mul(products.linear_reference(x, gate_up))
+
+
+def _one_row(x: torch.Tensor) -> bool:
+    return len(x) == 1 and x.element_size() == 2 and uses_triton(x)

@@ -23,6 +23,7 @@ from vlcache_dist.errors import ConfigError, VLCacheError
 from vlcache_dist.loadtest import dataset, report
 from vlcache_dist.loadtest.records import Objective, Run
 from vlcache_dist.loadtest.scenario import SCENARIOS, Scenario, plan, share_of
+from vlcache_dist.serve.readiness import check_reachable, use_token
 
 SHARES = (0.0, 25.0, 50.0, 75.0, 95.0)  #: percent
 
@@ -30,9 +31,12 @@ Tell = Callable[[str, int, int], None]
 
 
 def loadtest(
-    url: Annotated[str | None, typer.Option(help="a running deployment; without it one is started")] = None,
+    url: Annotated[
+        str | None, typer.Option(envvar="VLCACHE_URL", help="a running deployment; without it one is started")
+    ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster for the clients, and for the deployment without --url")
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="Ray cluster for the clients, and for the deployment without --url"),
     ] = None,
     scenario: Annotated[
         list[str] | None,
@@ -58,6 +62,7 @@ def loadtest(
     metrics_url: Annotated[
         list[str] | None, typer.Option(help="Prometheus pages of all ingresses; repeatable [default: the deployment's]")
     ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="VLCACHE_API_KEY", help="one key for all tenants")] = None,
     api_keys: Annotated[Path | None, typer.Option(help="file with API keys, one per line; tenant n uses key n")] = None,
     prefills: Annotated[int, typer.Option(min=1, help="of a deployment that is started")] = 2,
     decodes: Annotated[int, typer.Option(min=0, help="of a deployment that is started")] = 1,
@@ -77,7 +82,10 @@ def loadtest(
         if export is not None:
             _export(export, scenarios, shares, max(1, min(round(rates[0] * duration), max_requests)), seed, console)
             return
-        keys = _keys(api_keys)
+        keys = _keys(api_keys) or ((api_key,) if api_key else ())
+        if address is not None:
+            check_reachable(address)
+            use_token()
         from vlcache_dist.loadtest import actor
         from vlcache_dist.loadtest.run import Options, find, measure
 
@@ -125,7 +133,13 @@ def _scenario(name: str) -> Scenario:
 def _keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
-    keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#"))
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"API keys cannot be read from {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not keys:
         raise ConfigError(f"{path} has no API keys: one per line is wanted")
     return keys
@@ -143,8 +157,6 @@ def _deployment(
     warnings.filterwarnings("ignore", module="ray")
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    if address is not None and Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     if url is not None:
         if address is not None:
             actor.join(address)

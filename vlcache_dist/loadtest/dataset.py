@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import multiprocessing
+import os
 import random
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -18,6 +20,8 @@ from vlcache_dist.errors import ConfigError
 from vlcache_dist.loadtest.scenario import Picture, Planned, Scenario, Turn
 
 FORMATS = ("vlcache", "vllm", "aiperf", "guidellm")
+GALLERY = 4096  #: pictures that are kept
+CELLS_PER_PROCESS = 4096  #: of drawing; fewer are drawn sooner than a process starts
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -44,15 +48,48 @@ class Request(msgspec.Struct, frozen=True):
         ).encode()
 
 
-@lru_cache(maxsize=4096)
-def _drawn(picture: Picture) -> pictures.Picture:
-    return pictures.draw("form", picture.seed, picture.rows, picture.columns)
+class _Drawn(NamedTuple):
+    png: bytes
+    facts: tuple[pictures.Fact, ...]
 
 
-@lru_cache(maxsize=4096)
+_gallery: dict[Picture, _Drawn] = {}  #: in the order of drawing; the oldest go first
+
+
 def png(picture: Picture) -> bytes:
     """The picture as a file."""
-    return _drawn(picture).png()
+    return _drawn(picture).png
+
+
+def prepare(planned: Iterable[Planned]) -> None:
+    """Draw what requests show ahead of time, in several processes if there is much of it: a large picture takes a
+    good part of a second."""
+    missing = [p for p in dict.fromkeys(p for each in planned for p in each.images) if p not in _gallery]
+    processes = min(os.cpu_count() or 1, sum(p.rows * p.columns for p in missing) // CELLS_PER_PROCESS)
+    if processes < 2:
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for picture, drawn in zip(missing, pool.map(_draw, missing), strict=True):
+            _keep(picture, drawn)
+
+
+def _drawn(picture: Picture) -> _Drawn:
+    drawn = _gallery.get(picture)
+    if drawn is None:
+        drawn = _draw(picture)
+        _keep(picture, drawn)
+    return drawn
+
+
+def _keep(picture: Picture, drawn: _Drawn) -> None:
+    while len(_gallery) >= GALLERY:
+        del _gallery[next(iter(_gallery))]
+    _gallery[picture] = drawn
+
+
+def _draw(picture: Picture) -> _Drawn:
+    made = pictures.draw("form", picture.seed, picture.rows, picture.columns)
+    return _Drawn(made.png(), made.facts)
 
 
 def render(scenario: Scenario, planned: Sequence[Planned], seed: int) -> list[Request]:

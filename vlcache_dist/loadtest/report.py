@@ -12,6 +12,7 @@ from vlcache_dist.loadtest.records import Measurement, Point, Run
 from vlcache_dist.types import KVSource
 
 MIB = 2**20
+LATE_MS = 50.0  #: of clients, from which on it is said
 STYLE = """
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 }
@@ -90,7 +91,21 @@ def markdown(points: Sequence[Point]) -> str:
     """The comparison as a Markdown table."""
     heads, *rows = table(points)
     body = ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
-    return "\n".join(body) + "\n"
+    return "\n".join([*body, *(["", caution] if (caution := late(points)) else [])]) + "\n"
+
+
+def late(points: Sequence[Point]) -> str:
+    """One sentence if clients could not keep their schedule; empty if they could. Their lateness is part of the times
+    to first token."""
+    worst, point, arm = max(
+        ((arm.summary.late_p99_ms, point, arm) for _, point, arm in _arms(points)), key=lambda each: each[0]
+    )
+    if worst <= LATE_MS:
+        return ""
+    return (
+        f"Clients sent late, and times to first token count it: by up to {worst:.0f} ms (p99) at {point.repeated:.0%} "
+        f"repeated, reuse={arm.reuse}."
+    )
 
 
 def _section(scenario: str, rate: float, points: list[Point]) -> str:
@@ -99,7 +114,8 @@ def _section(scenario: str, rate: float, points: list[Point]) -> str:
     body = "".join("<tr>" + "".join(_cell(text) for text in row) + "</tr>" for row in rows)
     plots = "".join(f"<div>{plot}</div>" for plot in [*_latency(points), *_by_share(points), *_pools(points)])
     title = f"{escape(scenario)}, {rate:g} requests per second"
-    return f"<h2>{title}</h2><table><tr>{head}</tr>{body}</table><div class='plots'>{plots}</div>"
+    caution = f"<p class='worse'>{escape(said)}</p>" if (said := late(points)) else ""
+    return f"<h2>{title}</h2><table><tr>{head}</tr>{body}</table>{caution}<div class='plots'>{plots}</div>"
 
 
 def _cell(text: str) -> str:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 import msgspec
 
 from vlcache_dist.errors import ConfigError, VLCacheError
-from vlcache_dist.loadtest import arrivals, counters, scenario
+from vlcache_dist.loadtest import arrivals, counters, dataset, scenario
 from vlcache_dist.loadtest.actor import drive_on_nodes, is_joined, places
 from vlcache_dist.loadtest.analysis import summarize
 from vlcache_dist.loadtest.client import Job, Target, drive
@@ -121,6 +121,7 @@ def _point(
     that leaves nothing behind."""
     count = options.count(rate)
     planned = scenario.plan(each, share, count, seed)
+    dataset.prepare(planned)
     requests = render(each, planned, seed)
     times = arrivals.schedule(count, rate, seed, options.process)
     arms = []
@@ -144,7 +145,24 @@ def _arm(
 ) -> Measurement:
     before = counters.scrape(target, options.metrics_urls)
     start = time.time() + LEAD_S
-    jobs = [
+    jobs = _jobs(target, options, reuse, requests, times, start)
+    records: list[Record] = []
+    done(0)
+    with counters.PoolSampler(target, SAMPLE_S).starting_at(start) as sampler, closing(_drive(jobs)) as batches:
+        for batch in batches:
+            records += batch
+            done(len(records))
+    records.sort(key=lambda record: record.index)
+    counters.check(len(requests), records)
+    risen = counters.settle(target, options.metrics_urls, before, records, options.settle_s)
+    return Measurement(reuse, summarize(records, options.objective), risen, sampler.samples, records)
+
+
+def _jobs(
+    target: Target, options: Options, reuse: str, requests: Sequence[Request], times: Sequence[float], start: float
+) -> list[Job]:
+    """Requests dealt out to the clients in turn."""
+    return [
         Job(
             client=f"client-{number}",
             target=target,
@@ -156,16 +174,6 @@ def _arm(
         )
         for number in range(options.clients)
     ]
-    records: list[Record] = []
-    done(0)
-    with counters.PoolSampler(target, SAMPLE_S).starting_at(start) as sampler, closing(_drive(jobs)) as batches:
-        for batch in batches:
-            records += batch
-            done(len(records))
-    records.sort(key=lambda record: record.index)
-    counters.check(len(requests), records)
-    risen = counters.settle(target, options.metrics_urls, before, records, options.settle_s)
-    return Measurement(reuse, summarize(records, options.objective), risen, sampler.samples, records)
 
 
 def _drive(jobs: Sequence[Job]) -> Generator[list[Record]]:
@@ -179,10 +187,13 @@ def _drive(jobs: Sequence[Job]) -> Generator[list[Record]]:
 
 
 def _warm_up(target: Target, options: Options, tell: Callable[[str, int, int], None]) -> None:
-    """A few requests on pictures of their own, so that no point pays for first connections."""
+    """A few requests of every client on pictures of their own, so that no point pays for first connections, nor for
+    the start of the clients' processes."""
     each = options.scenarios[0]
-    requests = render(each, scenario.plan(each, 0.5, WARM_UP, options.seed), options.seed)
-    job = Job("warm-up", target, options.reuse, time.time(), (0.0,) * WARM_UP, tuple(requests), options.timeout_s)
-    records = [record for batch in drive(job) for record in batch]
-    tell("warm-up", len(records), WARM_UP)
-    counters.check(WARM_UP, records)
+    count = WARM_UP * options.clients
+    requests = render(each, scenario.plan(each, 0.5, count, options.seed), options.seed)
+    jobs = _jobs(target, options, options.reuse, requests, [number / count for number in range(count)], time.time())
+    with closing(_drive(jobs)) as batches:
+        records = [record for batch in batches for record in batch]
+    tell("warm-up", len(records), count)
+    counters.check(count, records)

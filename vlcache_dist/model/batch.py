@@ -15,6 +15,10 @@ A *segment* is a run of rows of equal depth at consecutive positions [a, b) of o
 whose keys are positions [0, b) of that sequence's block table (bottom-right aligned). Segments are in row order, so
 layer ``l`` attends over segments ``[:segs_q[l]]``. K and V of all rows of a layer are written to the pages before
 any of them is read.
+
+Attention splits keys over processors where few queries face many keys. A warm prefill has both: a little text that sees
+the whole prompt, and image tokens that see its beginning. So rows ``[:far_rows]``, sampled ones and those that see the
+most keys, are attended in one call and the rest in another.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from vlcache_dist.model.upload import upload
@@ -54,12 +59,19 @@ class ForwardBatch:
     segs_q: tuple[int, ...]
     max_q: tuple[int, ...]  # longest segment among segs_q[l], 0 if none
     max_kv: int
+    far_rows: int  # all where there is one group
+    far_segs: int
+    far_max_q: int
+    near_cu: torch.Tensor  # int32 [S - far_segs + 1], from row far_rows on
+    near_max_q: int
+    near_max_kv: int
     num_samples: int  # rows [:num_samples] are sampled, in the order of the step's sequences
     any_record: bool
 
     @classmethod
     def from_step(cls, step: StepBatch, device: torch.device | str) -> ForwardBatch:
         """The tensors of a step on the model's device; on CUDA one asynchronous copy, no synchronization."""
+        lengths = np.diff(step.cu_q)
         (
             token_ids,
             positions,
@@ -71,6 +83,7 @@ class ForwardBatch:
             cu_q,
             kv_len,
             block_table,
+            near_cu,
         ) = upload(
             [
                 step.token_ids,
@@ -83,6 +96,7 @@ class ForwardBatch:
                 step.cu_q,
                 step.kv_len,
                 step.block_table,
+                step.cu_q[step.far_segs :] - step.far_rows,
             ],
             device,
         )
@@ -102,6 +116,12 @@ class ForwardBatch:
             segs_q=step.segs_q,
             max_q=step.max_q,
             max_kv=step.max_kv,
+            far_rows=step.far_rows,
+            far_segs=step.far_segs,
+            far_max_q=int(lengths[: step.far_segs].max(initial=0)),
+            near_cu=near_cu,
+            near_max_q=int(lengths[step.far_segs :].max(initial=0)),
+            near_max_kv=int(step.kv_len[step.far_segs :].max(initial=0)),
             num_samples=step.num_samples,
             any_record=bool((step.record_base >= 0).any()),
         )

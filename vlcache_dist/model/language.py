@@ -144,7 +144,7 @@ class LanguageModel:
             if rows == 0:
                 return x
             h, x = kernels.add_rms_norm(h, x, layer.post_norm, eps)
-            pending = F.linear(kernels.silu_mul(F.linear(h, layer.gate_up)), layer.down)
+            pending = kernels.linear(kernels.swiglu(h, layer.gate_up), layer.down)
         return x if pending is None else x + pending
 
     @torch.inference_mode()
@@ -173,18 +173,28 @@ class LanguageModel:
             kernels.write_kv(k, v, cos, sin, k_pages, v_pages, slots, record, base, tokens, n)
             return h[:0]
         q = kernels.rotate_and_write(q, k, v, cos, sin, k_pages, v_pages, slots, record, base, tokens, n)
-        attended = kernels.segment_attention(
-            q,
-            k_pages,
-            v_pages,
-            batch.cu_q[: segs + 1],
-            batch.kv_len[:segs],
-            batch.block_table[:segs],
-            batch.max_q[n],
-            batch.max_kv,
-            self.config.head_dim**-0.5,
-        )
-        return F.linear(attended.reshape(rows, -1), layer.o)
+        attended = self._attend(q, n, segs, batch, k_pages, v_pages)
+        return kernels.linear(attended.reshape(rows, -1), layer.o)
+
+    def _attend(
+        self, q: torch.Tensor, n: int, segs: int, batch: ForwardBatch, k_pages: torch.Tensor, v_pages: torch.Tensor
+    ) -> torch.Tensor:
+        """q [rows_q[n], Hq, D] over the pages of layer n; near rows in a call of their own."""
+        rows, far, first = len(q), batch.far_rows, batch.far_segs
+        scale, kv_len, table = self.config.head_dim**-0.5, batch.kv_len[:segs], batch.block_table[:segs]
+        if rows <= far:
+            cu, max_q = batch.cu_q[: segs + 1], batch.max_q[n]
+            return kernels.segment_attention(q, k_pages, v_pages, cu, kv_len, table, max_q, batch.max_kv, scale)
+        out = torch.empty_like(q)
+        kernels.segment_attention(
+            q[:far], k_pages, v_pages, batch.cu_q[: first + 1], kv_len[:first], table[:first],
+            batch.far_max_q, batch.max_kv, scale, out[:far],
+        )  # fmt: skip
+        kernels.segment_attention(
+            q[far:], k_pages, v_pages, batch.near_cu[: segs - first + 1], kv_len[first:], table[first:],
+            batch.near_max_q, batch.near_max_kv, scale, out[far:],
+        )  # fmt: skip
+        return out
 
     def _project(
         self, h: torch.Tensor, layer: DecoderLayer, rows: int
@@ -192,9 +202,9 @@ class LanguageModel:
         """Queries of the first ``rows`` rows, keys and values of all: [*, heads, D] each."""
         width, dim, kv_heads = self.config.hidden_size, self.config.head_dim, self.config.num_kv_heads
         if rows == len(h):
-            q, kv = F.linear(h, layer.qkv, layer.qkv_bias).split((width, 2 * kv_heads * dim), -1)
+            q, kv = kernels.linear(h, layer.qkv, layer.qkv_bias).split((width, 2 * kv_heads * dim), -1)
         else:
-            q = F.linear(h[:rows], layer.qkv[:width], layer.qkv_bias[:width])
-            kv = F.linear(h, layer.qkv[width:], layer.qkv_bias[width:])
+            q = kernels.linear(h[:rows], layer.qkv[:width], layer.qkv_bias[:width])
+            kv = kernels.linear(h, layer.qkv[width:], layer.qkv_bias[width:])
         k, v = kv.unflatten(-1, (2, kv_heads, dim)).unbind(1)
         return q.unflatten(-1, (-1, dim)), k, v

@@ -9,6 +9,8 @@ import torch
 
 _ALIGN = 16
 
+Place = tuple[int, np.dtype, tuple[int, ...]]  #: byte offset, dtype, shape
+
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device | str) -> list[torch.Tensor]:
     """One tensor per array, same shapes and dtypes.
@@ -19,16 +21,61 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device | str) -> list[tor
     device = torch.device(device)
     if device.type == "cpu":
         return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-    starts, total = [], 0
-    for array in arrays:
-        starts.append(total)
-        total += -(-array.nbytes // _ALIGN) * _ALIGN
+    places, total = _places(arrays)
     host = torch.empty(max(total, 1), dtype=torch.uint8, pin_memory=True)
+    for view, array in zip(_host_views(host, places), arrays, strict=True):
+        view[...] = array
+    return _device_views(host.to(device, non_blocking=True), places)
+
+
+class FixedInputs:
+    """Arrays of fixed shapes that a captured graph reads at fixed device addresses. One thread owns it.
+
+    Write into ``arrays`` (pinned host memory on CUDA) after ``wait``; ``send`` brings them to ``tensors`` in one
+    asynchronous copy on the current stream. Both start as zeros.
+    """
+
+    def __init__(self, example: Sequence[np.ndarray], device: torch.device) -> None:
+        """Shapes and dtypes are those of ``example``; its values are not taken."""
+        places, total = _places(example)
+        cuda = device.type == "cuda"
+        self._host = torch.zeros(max(total, 1), dtype=torch.uint8, pin_memory=cuda)
+        self._there = torch.zeros(max(total, 1), dtype=torch.uint8, device=device)
+        self._copied = torch.cuda.Event() if cuda else None
+        self.arrays = _host_views(self._host, places)
+        self.tensors = _device_views(self._there, places)
+
+    def wait(self) -> None:
+        """Until the last copy has read the host's side."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def send(self) -> None:
+        self._there.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+
+def _places(arrays: Sequence[np.ndarray]) -> tuple[list[Place], int]:
+    """Where each array begins, on multiples of 16 bytes, and the bytes of all."""
+    places, total = [], 0
+    for array in arrays:
+        places.append((total, array.dtype, array.shape))
+        total += -(-array.nbytes // _ALIGN) * _ALIGN
+    return places, total
+
+
+def _host_views(host: torch.Tensor, places: Sequence[Place]) -> list[np.ndarray]:
     flat = host.numpy()
-    for array, start in zip(arrays, starts, strict=True):
-        flat[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    there = host.to(device, non_blocking=True)
+    return [flat[start : start + _size(dtype, shape)].view(dtype).reshape(shape) for start, dtype, shape in places]
+
+
+def _device_views(there: torch.Tensor, places: Sequence[Place]) -> list[torch.Tensor]:
     return [
-        there[start : start + array.nbytes].view(torch.from_numpy(np.empty(0, array.dtype)).dtype).view(array.shape)
-        for array, start in zip(arrays, starts, strict=True)
+        there[start : start + _size(dtype, shape)].view(torch.from_numpy(np.empty(0, dtype)).dtype).view(shape)
+        for start, dtype, shape in places
     ]
+
+
+def _size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * int(np.prod(shape, dtype=np.int64))

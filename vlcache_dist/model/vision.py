@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from vlcache_dist import kernels
 from vlcache_dist.model.config import VisionConfig
 from vlcache_dist.model.upload import upload
+from vlcache_dist.model.vision_graphs import GraphedTower
 from vlcache_dist.model.vision_layout import Grid, vision_layout
 
 _EPS = 1e-6  # transformers fixes it, whatever the configuration says
+_WIDTH_MULTIPLE = 64  # of the MLP: rows of 3,420 bf16 are not whole 16 bytes, and matrix products lose half their rate
 
 
 @dataclass(slots=True)
 class VisionBlock:
-    """C hidden, I intermediate. ``qkv`` is [3C, C] with Q, K, V in this order; ``gate_up`` is [2I, C]."""
+    """C hidden, I intermediate (padded with zeros: they change nothing). ``qkv`` is [3C, C] with Q, K, V in this order;
+    ``gate_up`` is [2I, C]."""
 
     norm1: torch.Tensor
     qkv: torch.Tensor
@@ -33,14 +36,15 @@ class VisionBlock:
 
 
 class VisionTower:
-    """Weights are uninitialized until ``model.weights`` fills them through ``parameters``. Stateless otherwise:
-    ``forward`` may be called from any one thread at a time per device stream."""
+    """Weights are uninitialized until ``model.weights`` fills them through ``parameters``. ``forward`` may be called
+    from one thread at a time, always on the same stream: small batches are replayed from CUDA graphs."""
 
     def __init__(self, config: VisionConfig, device: torch.device | str, dtype: torch.dtype) -> None:
         def new(*shape: int) -> torch.Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
-        c, i, joined = config.hidden_size, config.intermediate_size, config.hidden_size * config.spatial_merge_size**2
+        c, joined = config.hidden_size, config.hidden_size * config.spatial_merge_size**2
+        i = -(-config.intermediate_size // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self.patch_embed = new(c, config.patch_elements)
         self.blocks = [
@@ -51,9 +55,9 @@ class VisionTower:
                 proj=new(c, c),
                 proj_bias=new(c),
                 norm2=new(c),
-                gate_up=new(2 * i, c),
-                gate_up_bias=new(2 * i),
-                down=new(c, i),
+                gate_up=torch.zeros(2 * i, c, device=device, dtype=dtype),
+                gate_up_bias=torch.zeros(2 * i, device=device, dtype=dtype),
+                down=torch.zeros(c, i, device=device, dtype=dtype),
                 down_bias=new(c),
             )
             for _ in range(config.depth)
@@ -64,10 +68,13 @@ class VisionTower:
         quarter = config.head_dim // 2
         frequency = 1.0 / (config.rope_theta ** (torch.arange(0, quarter, 2, dtype=torch.float) / quarter))
         self.frequency = frequency.to(device)  # fp32 [D/4]
+        self._graphs = None
+        if kernels.uses_triton(self.patch_embed):
+            self._graphs = GraphedTower(self._encode, config.patch_elements, self.device, dtype)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Checkpoint name -> the (view of a) tensor that it fills, in the checkpoint's shape."""
-        config, prefix = self.config, "model.visual."
+        config, prefix, wide = self.config, "model.visual.", self.config.intermediate_size
         kernel = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
         named = {
             "patch_embed.proj.weight": self.patch_embed.view(config.hidden_size, *kernel),
@@ -78,8 +85,8 @@ class VisionTower:
             "merger.mlp.2.bias": self.merger_out_bias,
         }
         for n, block in enumerate(self.blocks):
-            gate, up = block.gate_up.chunk(2)
-            gate_bias, up_bias = block.gate_up_bias.chunk(2)
+            gate, up = (part[:wide] for part in block.gate_up.chunk(2))
+            gate_bias, up_bias = (part[:wide] for part in block.gate_up_bias.chunk(2))
             named |= {
                 f"blocks.{n}.norm1.weight": block.norm1,
                 f"blocks.{n}.norm2.weight": block.norm2,
@@ -91,7 +98,7 @@ class VisionTower:
                 f"blocks.{n}.mlp.gate_proj.bias": gate_bias,
                 f"blocks.{n}.mlp.up_proj.weight": up,
                 f"blocks.{n}.mlp.up_proj.bias": up_bias,
-                f"blocks.{n}.mlp.down_proj.weight": block.down,
+                f"blocks.{n}.mlp.down_proj.weight": block.down[:, :wide],
                 f"blocks.{n}.mlp.down_proj.bias": block.down_bias,
             }
         return {prefix + name: tensor for name, tensor in named.items()}
@@ -110,20 +117,38 @@ class VisionTower:
         expected = (layout.row_column.shape[1], config.patch_elements)
         if tuple(patches.shape) != expected:
             raise ValueError(f"patches {tuple(patches.shape)}: the grids say {expected}")
+        x = patches.to(self.device, non_blocking=True).to(self.dtype)  # converted there: the host would take longer
+        if self._graphs is not None and (rows := self._graphs.run(x, layout)) is not None:
+            (inverse,) = upload((layout.inverse,), self.device)
+            return rows[inverse]
         order, inverse, row_column, windows, frames = upload(
             (layout.order, layout.inverse, layout.row_column, layout.windows, layout.frames), self.device
         )
-        x = F.linear(patches.to(self.device, self.dtype, non_blocking=True), self.patch_embed)
+        rows = self._encode(x, order, row_column, windows, frames, layout.longest_window, layout.longest_frame)
+        return rows[inverse]
+
+    @torch.inference_mode()
+    def _encode(
+        self,
+        patches: torch.Tensor,
+        order: torch.Tensor,
+        row_column: torch.Tensor,
+        windows: torch.Tensor,
+        frames: torch.Tensor,
+        longest_window: int,
+        longest_frame: int,
+    ) -> torch.Tensor:
+        """patches [N, patch_elements] of the tower's dtype and device -> [M, out_hidden_size] in permuted order."""
+        x = F.linear(patches, self.patch_embed)
         x = x.view(len(order), -1)[order].view(len(x), -1)
         cos, sin = self._rotary(row_column)
         for n, block in enumerate(self.blocks):
-            if n in config.full_attention_blocks:
-                x = self._block(x, block, cos, sin, frames, layout.longest_frame)
+            if n in self.config.full_attention_blocks:
+                x = self._block(x, block, cos, sin, frames, longest_frame)
             else:
-                x = self._block(x, block, cos, sin, windows, layout.longest_window)
+                x = self._block(x, block, cos, sin, windows, longest_window)
         x = kernels.rms_norm(x, self.merger_norm, _EPS).view(len(order), -1)
-        x = F.linear(F.gelu(F.linear(x, self.merger_in, self.merger_in_bias)), self.merger_out, self.merger_out_bias)
-        return x[inverse]
+        return F.linear(F.gelu(F.linear(x, self.merger_in, self.merger_in_bias)), self.merger_out, self.merger_out_bias)
 
     def _rotary(self, row_column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """int32 [2, N] -> cos, sin fp32 [N, D/2]: the first half of the frequencies turns with the row, the second

@@ -62,7 +62,7 @@ class PrefillWorker:
         node.on_health(lambda: self._bridge.healthy)
 
     async def start(self) -> None:
-        await asyncio.to_thread(warm_up, self.engine)
+        await asyncio.to_thread(warm_up, self.engine, decodes=self.node.role is Role.COLOCATED)
         self._bridge.start()
         await self.node.start()
         self.node.spawn(self._expire_parked())

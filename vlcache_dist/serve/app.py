@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import Any
 
 import ray
@@ -21,17 +22,20 @@ from vlcache_dist.cache_directory.actor import ensure_directory
 from vlcache_dist.config import Settings
 from vlcache_dist.decode_workers.actor import DecodeReplica
 from vlcache_dist.encoder_workers.actor import EncoderReplica
+from vlcache_dist.errors import WorkerLost
 from vlcache_dist.metrics import Metrics
 from vlcache_dist.prefill_workers.actor import PrefillReplica
 from vlcache_dist.serve.auth import ApiKeys, Guard
 from vlcache_dist.serve.build import build_frontend
 from vlcache_dist.serve.http import admission, create_app
+from vlcache_dist.serve.listener import Listener
 from vlcache_dist.serve.readiness import pool_resource
 
 log = logging.getLogger(__name__)
 
 UNBOUNDED = 10_000  #: Serve's own limits; the ingress has its own (``max_ongoing``), with an answer in OpenAI's shape
 DRAIN_S = 10.0
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"  #: Ray's switch; HAProxy hides where requests come from
 
 
 @serve.deployment(name="ingress")
@@ -42,12 +46,18 @@ class Ingress:
     async def __init__(self, settings: dict[str, Any], *pools: DeploymentHandle) -> None:  # type: ignore[misc]
         self._settings = Settings.of(**settings)
         self._pools = pools
-        self._guard = Guard(ApiKeys.of(self._settings.serve))
+        own = self._settings.serve
+        self._guard = Guard(ApiKeys.of(own), addresses=own.direct or os.environ.get(HAPROXY) != "1")
         site = Site("ingress", ray.util.get_node_ip_address(), directory_of(self._settings))
         self._frontend = await asyncio.to_thread(build_frontend, self._settings, site)
         await self._frontend.start()
+        self._app = self._build_app()
+        self._listener: Listener | None = None
+        if own.direct:
+            self._listener = Listener(self._app, own.host, own.port)
+            self._listener.start()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def _build_app(self) -> FastAPI:
         own = self._settings.serve
         app = create_app(
             self._frontend,
@@ -63,8 +73,19 @@ class Ingress:
 
         return app
 
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """For Serve's proxies, where there are any."""
+        return self._app
+
+    async def check_health(self) -> None:
+        """Serve calls this; a replica that raises is replaced."""
+        if self._listener is not None and not self._listener.healthy:
+            raise WorkerLost("the ingress has stopped listening")
+
     async def __del__(self) -> None:
-        frontend = getattr(self, "_frontend", None)
+        listener, frontend = getattr(self, "_listener", None), getattr(self, "_frontend", None)
+        if listener is not None:
+            await listener.close(DRAIN_S / 2)
         if frontend is not None:
             await frontend.close()
 
@@ -91,9 +112,11 @@ def build(arguments: dict[str, Any]) -> serve.Application:
             graceful_shutdown_timeout_s=DRAIN_S,
         ).bind(plain)
 
+    here = {f"node:{ray.util.get_node_ip_address()}": 0.001} if own.direct else {}
     ingress = Ingress.options(  # type: ignore[attr-defined]
         num_replicas=own.ingresses,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": here},
+        health_check_period_s=5,
         max_ongoing_requests=UNBOUNDED,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=DRAIN_S,

@@ -86,16 +86,18 @@ class ApiKeys:
 
 
 class Guard:
-    """Lets requests in: with a key, or, while there are no keys, from this machine alone."""
+    """Lets requests in: with a key, or, while there are no keys, from this machine alone, and then only if they come
+    from their clients' ``addresses`` and not from a load balancer's."""
 
-    def __init__(self, keys: ApiKeys) -> None:
+    def __init__(self, keys: ApiKeys, *, addresses: bool = True) -> None:
         self._keys = keys
+        self._addresses = addresses
 
     def tenant(self, authorization: str | None, client: str | None) -> str:
         """The tenant that a request belongs to, from its ``Authorization`` header and the address that it came from.
         Raises Unauthorized."""
         if not self._keys:
-            if client is not None and is_loopback(client):
+            if client is not None and is_loopback(client) and self._addresses:
                 return DEFAULT_TENANT
             raise Unauthorized("this server has no API keys, so it answers its own machine alone")
         scheme, _, key = (authorization or "").partition(" ")

@@ -19,7 +19,7 @@ from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
 from vlcache_dist.model.weights import Checkpoint
 from vlcache_dist.serve.app import build
 from vlcache_dist.serve.auth import require_keys
-from vlcache_dist.serve.readiness import require_room, wait_until_ready
+from vlcache_dist.serve.readiness import check_reachable, require_room, wait_until_ready
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,9 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
             say(f"starting {own.encoders} encoder, {own.prefills} prefill and {own.decodes} decode workers")
             if own.address is None:  # a cluster that was joined may grow
                 require_room(own, _node_resources())
-            serve.start(http_options={"host": own.host, "port": port}, logging_config={"enable_access_log": False})
-            target = serve.RunTarget(target=build(settings.model_dump(mode="json")), name=own.app_name)
+            serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+            listening = settings.model_copy(update={"serve": own.model_copy(update={"direct": True, "port": port})})
+            target = serve.RunTarget(target=build(listening.model_dump(mode="json")), name=own.app_name)
             serve.run_many([target], wait_for_applications_running=False)
             url = f"http://{'127.0.0.1' if own.host in ('0.0.0.0', '::') else own.host}:{port}"
             wait_until_ready(
@@ -79,7 +80,7 @@ def _start_ray(settings: Settings) -> int:
         # "local": a cluster that somebody else runs on this machine is not to be joined unasked.
         ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
         return port
-    _check_reachable(own.address)
+    check_reachable(own.address)
     try:
         ray.init(address=own.address, **quiet)  # type: ignore[arg-type]
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -119,17 +120,6 @@ def _stop(settings: Settings) -> None:
         shutdown_directory(own.app_name, own.directory_shards)
     finally:
         ray.shutdown()
-
-
-def _check_reachable(address: str) -> None:
-    """Raises ConfigError at once, where Ray would try for more than a minute."""
-    host, colon, port = address.rpartition(":")
-    if not colon or "://" in address or not port.isdigit():
-        return  # "auto" and the like are Ray's to resolve
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
-    except OSError as error:
-        raise ConfigError(f"nothing answers at {address}, where the Ray cluster should be: {error}") from error
 
 
 def _free_port(host: str) -> int:

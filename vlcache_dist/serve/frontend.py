@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
@@ -150,7 +151,8 @@ class Frontend:
             except VLCacheError as error:
                 return {**about, "error": str(error)}
 
-        return {"model": self._model, "workers": await asyncio.gather(*map(ask, members))}
+        workers = await asyncio.gather(*map(ask, members))
+        return {"model": self._model, "ingress": {"pid": os.getpid()}, "workers": workers}
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """See ``ChatBackend.chat``."""

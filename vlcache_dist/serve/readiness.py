@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 
@@ -72,6 +75,24 @@ def _workers_on(gpus: float, each: float) -> int:
     if each >= 1:
         return int(gpus / each + EPSILON)
     return int(gpus) * int(1 / each + EPSILON)
+
+
+def use_token() -> None:
+    """To be called before Ray is imported: a cluster that somebody started wants its token by default, and Ray sends it
+    only if told so by then."""
+    if Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def check_reachable(address: str) -> None:
+    """Raises ConfigError at once if nothing listens at a Ray address, where Ray would try for more than a minute."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "://" in address or not port.isdigit():
+        return  # "auto" and the like are Ray's to resolve
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise ConfigError(f"nothing answers at {address}, where the Ray cluster should be: {error}") from error
 
 
 def wait_until_ready(

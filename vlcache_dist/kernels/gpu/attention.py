@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vlcache_dist.kernels.gpu import device, packed
 
 LOG2E = 1.4426950408889634
+_FEW_ROWS = 32
 _NO_KEYS = tl.constexpr(-1.0e30)  # a finite "minus infinity" for running maxima: exp2(-inf - it) is 0, not NaN
 
 
@@ -196,9 +197,11 @@ def _segment_kernel(
 @triton.jit(do_not_specialize=["num_segments", "num_rows"])
 def _combine_kernel(
     part_ptr, lse_ptr, out_ptr, cu_ptr, num_segments, num_rows, HEADS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per (row, head): out = sum of the splits' results weighted by their softmax mass."""
+    """One program per (row, head): out = sum of the splits' results weighted by their softmax mass. An empty split's
+    part was never written. SKIP leaves it in memory (many rows, most of whose splits are empty); otherwise it is loaded
+    and dropped, so that both loads are in flight (few rows, where latency is all)."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -208,10 +211,11 @@ def _combine_kernel(
     index = split.to(tl.int64) * num_rows * HEADS + pair
     live = pair < tl.load(cu_ptr + num_segments).to(tl.int64) * HEADS  # not a padding row
     lse = tl.load(lse_ptr + index, mask=split < SPLITS, other=_NO_KEYS)
-    # an empty split's part was never written: it is loaded all the same, so that both loads are in flight, and dropped
-    inside = (split < SPLITS)[:, None] & (column < D)[None, :]
-    part = tl.load(part_ptr + index[:, None] * D + column[None, :], mask=inside, other=0.0)
     lse = tl.where(live, lse, _NO_KEYS)
+    inside = (split < SPLITS)[:, None] & (column < D)[None, :]
+    if SKIP:
+        inside = inside & (lse > _NO_KEYS)[:, None]
+    part = tl.load(part_ptr + index[:, None] * D + column[None, :], mask=inside, other=0.0)
     weight = tl.where(lse > _NO_KEYS, tl.exp2(lse - tl.max(lse, 0)), 0.0)
     part = tl.where((weight > 0)[:, None], part, 0.0) * weight[:, None]
     mass = tl.sum(weight, 0)
@@ -247,11 +251,12 @@ def choose_splits(tiles: int, blocks: int, processors: int, per_processor: int, 
 def _launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, kv_len: torch.Tensor, table: torch.Tensor,
     max_q: int, max_kv: int, scale: float, causal: bool, block_size: int, kv_heads: int,
-    config: AttentionConfig | None,
+    config: AttentionConfig | None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     num_rows, heads, dim = q.shape
     segments = len(cu) - 1
-    out = torch.empty((num_rows, heads, dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((num_rows, heads, dim), dtype=q.dtype, device=q.device)
     if num_rows == 0 or segments == 0 or max_q == 0:
         return out
     if q.stride(2) != 1 or q.stride(1) != dim:
@@ -292,7 +297,8 @@ def _launch(
     if splits > 1:
         _combine_kernel[(num_rows * heads,)](
             part, lse, out, cu, segments, num_rows, HEADS=heads, D=dim, BLOCK_D=block_d, SPLITS=splits,
-            BLOCK_S=triton.next_power_of_2(splits), PDL=c.pdl, num_warps=2 if splits <= 16 else 4, **launch,
+            BLOCK_S=triton.next_power_of_2(splits), SKIP=num_rows > _FEW_ROWS, PDL=c.pdl,
+            num_warps=2 if splits <= 16 else 4, **launch,
         )  # fmt: skip
     return out
 
@@ -307,6 +313,7 @@ def segment_attention(
     max_q: int,
     max_kv: int,
     scale: float,
+    out: torch.Tensor | None = None,
     *,
     config: AttentionConfig | None = None,
 ) -> torch.Tensor:
@@ -316,7 +323,20 @@ def segment_attention(
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         raise ValueError("k_pages and v_pages must be contiguous")
     return _launch(
-        q, k_pages, v_pages, cu_q, kv_len, block_table, max_q, max_kv, scale, True, block_size, kv_heads, config
+        q,
+        k_pages,
+        v_pages,
+        cu_q,
+        kv_len,
+        block_table,
+        max_q,
+        max_kv,
+        scale,
+        True,
+        block_size,
+        kv_heads,
+        config,
+        out,
     )
 
 

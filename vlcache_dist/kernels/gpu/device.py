@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -24,3 +25,8 @@ def is_hopper_or_later(tensor: torch.Tensor) -> bool:
 
 
 supports_pdl = is_hopper_or_later
+
+
+def pdl(tensor: torch.Tensor) -> dict[str, Any]:
+    """The launch option by which a kernel may start while its predecessor runs; the kernel must wait for it."""
+    return {"launch_pdl": True} if supports_pdl(tensor) else {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vlcache_dist.kernels.gpu.device import supports_pdl
+from vlcache_dist.kernels.gpu.device import pdl, supports_pdl
 
 _HEAD_BLOCK = 8  # query heads per program
 _FUSED_ROWS = 2_048  # beyond this a launch costs nothing, and rotate alone is better shaped for bandwidth
@@ -72,6 +72,7 @@ def _rotate_write_kernel(
     D: tl.constexpr = 2 * HALF
     if PDL:  # the attention that follows may start; it waits for this kernel before it reads q or the pages
         gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     column = tl.arange(0, BLOCK_H)
@@ -134,7 +135,7 @@ def _rotate_and_write(
         source, k, v, cos, sin, k_pages, v_pages, slots, k if arena is None else arena, record_base, record_tokens,
         target, queries, source.stride(0), k.stride(0), v.stride(0), cos.stride(0), layer,
         HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, BLOCK_H=triton.next_power_of_2(dim // 2), BLOCK_Q=_HEAD_BLOCK,
-        BLOCK_KV=triton.next_power_of_2(kv_heads), RECORD=arena is not None, PDL=supports_pdl(k), num_warps=2,
+        BLOCK_KV=triton.next_power_of_2(kv_heads), RECORD=arena is not None, PDL=supports_pdl(k), num_warps=2, **pdl(k),
     )  # fmt: skip
     return out
 

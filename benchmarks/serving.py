@@ -1,0 +1,265 @@
+"""Serving on two devices: a deployment with a decode pool against one without, each with reuse and without it.
+
+    python benchmarks/serving.py --shape 7b --json FILE
+    python benchmarks/serving.py --shape tiny --device cpu --rate 2 --duration 2 --json FILE     # a rehearsal
+
+Both deployments have the same two devices, an encoder and a prefill worker on each:
+
+    disaggregated   the second device also runs a decode worker, which takes over every sequence
+    colocated       both prefill workers decode what they prefilled; no decode pool
+
+Weights are random (``vlcache_dist.bench.checkpoint``), so answers mean nothing and are not judged; times, bytes and
+counts are real, and the load test's own check that counters and clients agree is in force. Every point is measured as
+the load test measures it: the same requests at the same times with ``reuse=off`` and with reuse, on pictures of its
+own. The file is written after every point, so that a run that is cut short keeps what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vlcache_dist.bench.checkpoint import write_random
+from vlcache_dist.config import Settings
+from vlcache_dist.loadtest import dataset, scenario
+from vlcache_dist.loadtest.records import Objective, Point
+from vlcache_dist.loadtest.run import Options, find, measure
+from vlcache_dist.loadtest.scenario import Scenario
+
+DEVICES = 2
+WORKERS_PER_DEVICE = 3  #: at most: encoder, prefill, decode
+LAYOUTS = {"disaggregated": {"prefills": 2, "decodes": 1}, "colocated": {"prefills": 2, "decodes": 0}}
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point: a scenario at a share of repeated image slots (0 to below 1)."""
+
+    scenario: Scenario
+    share: float
+
+
+def cases(side: int, max_tokens: int, shares: list[float]) -> list[Case]:
+    """Pictures of ``side`` x ``side`` vision tokens at every share; then long text around small pictures, where there
+    is little to reuse."""
+    images = Scenario("images", sizes=((side, side),), preamble_words=40, max_tokens=max_tokens)
+    text = Scenario("text", sizes=((8, 8),), preamble_words=600, max_tokens=max_tokens)
+    return [*(Case(images, share) for share in shares), Case(text, 0.5)]
+
+
+def settings(layout: str, model: Path, device: str, port: int, address: str) -> Settings:
+    engine = {"kv_bytes": 8 * GIB, "store_bytes": 12 * GIB} if device == "cuda" else {"kv_bytes": 64 << 20}
+    return Settings.of(
+        model={"model": str(model), "served_name": "random", "device": device, "max_model_len": 4096},
+        engine={"store_bytes": 128 << 20, **engine},
+        serve={
+            **LAYOUTS[layout],
+            "encoders": DEVICES,
+            "port": port,
+            "address": address,
+            "pool_resources": True,
+            "gpus_per_worker": round(1 / WORKERS_PER_DEVICE, 2) if device == "cuda" else 0.0,
+        },
+    )
+
+
+@contextmanager
+def two_nodes(device: str) -> Iterator[str]:
+    """A Ray cluster with a node per device on this machine, which pins pools to devices; yields its address."""
+    from ray.cluster_utils import Cluster
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    common: dict[str, Any] = {
+        "num_cpus": 16,
+        "object_store_memory": 200_000_000,
+        "include_dashboard": False,
+    }
+    cluster = Cluster(initialize_head=True, head_node_args={**common, "num_gpus": 0})
+    try:
+        for number in range(DEVICES):
+            offered = {"encoder_pool": 1, "prefill_pool": 1} | ({"decode_pool": 1} if number else {})
+            visible = {"CUDA_VISIBLE_DEVICES": str(number)} if device == "cuda" else {}
+            gpus = 1 if device == "cuda" else 0
+            cluster.add_node(**common, num_gpus=gpus, resources=offered, env_vars={**os.environ, **visible})
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def machine(device: str) -> dict[str, Any]:
+    found = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    found |= {name: version(name) for name in ("torch", "transformers", "ray")}
+    if device == "cuda":
+        ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        found["devices"] = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    return found
+
+
+def row(layout: str, point: Point) -> list[dict[str, Any]]:
+    """A measured point without its single requests."""
+    about = {"layout": layout, "scenario": point.scenario, "rate": point.rate, "repeated": point.repeated}
+    return [{**about, "reuse": arm.reuse, **msgspec.to_builtins(arm.summary)} for arm in point.arms]
+
+
+class Report:
+    """The file: written again whenever something is added."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self._path = path
+        self.contents: dict[str, Any] = {**about, "rows": [], "errors": []}
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.contents["rows"] += rows
+        self.write()
+
+    def fail(self, what: str, error: BaseException) -> None:
+        print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
+        self.contents["errors"].append(f"{what}: {type(error).__name__}: {error}")
+        self.write()
+
+    def write(self) -> None:
+        self._path.write_text(json.dumps(self.contents, indent=1) + "\n")
+
+
+def measure_layout(name: str, each: list[Case], base: Options, config: Settings, report: Report, until: float) -> None:
+    """Start a deployment, warm it up with a measurement that is thrown away, measure the cases, stop it."""
+    from vlcache_dist.serve.cluster import running
+
+    def say(text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {name}: {text}", file=sys.stderr, flush=True)
+
+    with running(config, ready_s=120.0, say=say) as url:
+        target = find(url)
+        for number, case in enumerate([Case(each[0].scenario, 0.5), Case(each[-1].scenario, 0.5), *each]):
+            if time.monotonic() > until:
+                say("out of time")
+                return
+            warm_up = number < 2
+            options = msgspec.structs.replace(
+                base,
+                scenarios=(case.scenario,),
+                shares=(case.share,),
+                duration_s=base.duration_s / 2 if warm_up else base.duration_s,
+                seed=base.seed + 100 * number,
+            )
+            try:
+                run = measure(target, options, lambda what, done, total: None)
+            except Exception as error:
+                report.fail(f"{name}, {case.scenario.name}, {case.share:.0%}", error)
+                continue
+            if not warm_up:
+                report.add(row(name, run.points[0]))
+            say(f"{'warm-up ' if warm_up else ''}{case.scenario.name} {case.share:.0%}: " + line_of(run.points[0]))
+
+
+def line_of(point: Point) -> str:
+    return "; ".join(
+        f"{arm.reuse}: TTFT p50 {arm.summary.ttft_p50:.0f} p99 {arm.summary.ttft_p99:.0f} ms, ITL p50 "
+        f"{arm.summary.itl_p50:.1f} ms, goodput {arm.summary.goodput:.2f}/s, hits {arm.summary.hit_share:.0%}"
+        for arm in point.arms
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="7b", help="7b, 3b or tiny")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--layout", action="append", choices=list(LAYOUTS), help="repeatable [default: all]")
+    parser.add_argument("--side", type=int, default=32, help="a picture has side x side vision tokens")
+    parser.add_argument("--rate", type=float, default=10.0, help="requests per second")
+    parser.add_argument("--duration", type=float, default=6.0, help="seconds of arrivals per arm")
+    parser.add_argument("--share", type=float, action="append", help="percent; repeatable [default: 95 0 50]")
+    parser.add_argument("--max-tokens", type=int, default=24)
+    parser.add_argument("--ttft", type=float, default=200.0, help="objective, ms")
+    parser.add_argument("--itl", type=float, default=50.0, help="objective, ms")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which no further point is begun")
+    parser.add_argument("--checkpoint", type=Path, help="folder of the random checkpoint; kept for the next run")
+    parser.add_argument("--json", type=Path, required=True)
+    given = parser.parse_args()
+    began = time.monotonic()
+    layouts = given.layout or list(LAYOUTS)
+    each = cases(given.side, given.max_tokens, [share / 100 for share in given.share or (95.0, 0.0, 50.0)])
+    base = Options(
+        scenarios=(),
+        rates=(given.rate,),
+        shares=(),
+        objective=Objective(given.ttft, given.itl),
+        duration_s=given.duration,
+        timeout_s=60.0,
+        seed=1,
+    )
+    about = {
+        "machine": machine(given.device),
+        "shape": given.shape,
+        "weights": "random",
+        "devices": DEVICES,
+        "objective": msgspec.to_builtins(base.objective),
+        "scenarios": [msgspec.to_builtins(case.scenario) for case in (each[0], each[-1])],
+        "duration_s": given.duration,
+    }
+    report = Report(given.json, about)
+    with tempfile.TemporaryDirectory() as temporary:
+        model = given.checkpoint or Path(temporary) / "checkpoint"
+        spawn = multiprocessing.get_context("spawn")
+        writer = spawn.Process(target=write_random, args=(model, given.shape, given.device))
+        if not (model / "model.safetensors.index.json").exists():
+            writer.start()
+        with ThreadPoolExecutor(1) as drawing, two_nodes(given.device) as address:
+            drawn = drawing.submit(_draw, each, base)
+            if writer.pid is not None:
+                writer.join()
+                if writer.exitcode:
+                    return 1
+            drawn.result()
+            print(f"prepared in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            port = _free_port()
+            for number, layout in enumerate(layouts, start=1):
+                left = given.limit - (time.monotonic() - began)
+                until = time.monotonic() + left / (len(layouts) - number + 1)
+                config = settings(layout, model, given.device, port, address)
+                try:
+                    measure_layout(layout, each, base, config, report, until)
+                except Exception as error:
+                    report.fail(layout, error)
+    report.contents["wall_s"] = round(time.monotonic() - began, 1)
+    report.write()
+    return 1 if report.contents["errors"] else 0
+
+
+def _draw(each: list[Case], base: Options) -> None:
+    """All pictures of the run, before anything is timed: as ``measure_layout`` and ``measure`` will ask for them."""
+    planned = []
+    for number, case in enumerate([Case(each[0].scenario, 0.5), Case(each[-1].scenario, 0.5), *each]):
+        seconds = base.duration_s / 2 if number < 2 else base.duration_s
+        count = msgspec.structs.replace(base, duration_s=seconds).count(base.rates[0])
+        planned += scenario.plan(case.scenario, case.share, count, base.seed + 100 * number + 1)
+    dataset.prepare(planned)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
