@@ -249,6 +249,9 @@ def evaluate(
     cases: Annotated[int, typer.Option(min=1, help="cases per format, or lines per file")] = 32,
     seed: Annotated[int, typer.Option(help="of generated suites")] = 0,
     max_answer: Annotated[int, typer.Option(min=1, help="tokens of an answer")] = 12,
+    donors: Annotated[str, typer.Option(help="recorded: in the suite's contexts; canonical: the picture alone")] = (
+        "recorded"
+    ),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
@@ -262,9 +265,10 @@ def evaluate(
     with _told(console), console.status("starting") as progress:
         bench = Workbench(model, device=device, dtype=dtype, max_answer=max_answer)
         spellings = cli.split_policies(policies or cli.DEFAULT_POLICIES)
-        rows = cli.run_eval(bench, cli.load_suite(suite, cases, seed), spellings, progress.update)
+        chosen = cli.load_suite(suite, cases, seed, donors)
+        rows = cli.run_eval(bench, chosen, spellings, progress.update)
         if json_file is not None:
-            cli.write_json(json_file, bench, suite, rows, cases_per_format=cases, seed=seed)
+            cli.write_json(json_file, bench, suite, rows, cases_per_format=cases, seed=seed, donors=donors)
         if plots is not None:
             cli.write_plots(rows, plots)
     table = Table("format", "policy", "cases", "right", "in full", "KL", "% computed", "% escalated")
@@ -333,6 +337,11 @@ def status(
     for worker in report["workers"]:
         table.add_row(*_status_row(worker))
     Console().print(table)
+    if drift := [row for worker in report["workers"] for row in _drift_rows(worker)]:
+        table = Table("worker", "prompts", "reuse is", "compared", "first token agrees", "KL", "missed alarms")
+        for row in drift:
+            table.add_row(*row)
+        Console().print(table)
 
 
 def _status_row(worker: dict[str, Any]) -> list[str]:
@@ -350,6 +359,16 @@ def _status_row(worker: dict[str, Any]) -> list[str]:
         str(worker["transfers"]["reads"]),
         f"{worker['transfers']['bytes_read'] / 2**20:.1f} MiB",
     ]
+
+
+def _drift_rows(worker: dict[str, Any]) -> list[list[str]]:
+    """What the guard of a prefill worker knows, per format of prompts."""
+    rows = []
+    for name, about in worker.get("guard", {}).get("formats", {}).items():
+        agrees, kl = (f"{about['agreement']:.1%}", f"{about['kl']:.4f}") if about["shadows"] else ("-", "-")
+        compared = f"{about['shadows']} of {about['requests']}"
+        rows.append([worker["name"], name, about["level"], compared, agrees, kl, str(about["missed_alarms"])])
+    return rows
 
 
 def _keys(path: Path | None) -> dict[str, Any]:

@@ -84,6 +84,16 @@ class EngineSettings(_Section):
     plan: str = Field(
         default="uniform:5", description="default recompute plan: none, uniform:5, pyramid:..., file:plan.json"
     )
+    guard_budget: float = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="share of prefill time that comparing approximate requests with full runs may take; what it shows "
+        "decides how careful reuse is; 0: nobody looks",
+    )
+    guard_sampling: float | None = Field(
+        default=None, ge=0, le=1, description="share of approximate requests to compare; None: what the budget affords"
+    )
 
 
 class MediaSettings(_Section):

@@ -67,8 +67,8 @@ INGRESS: tuple[Metric, ...] = (
 )
 
 
-def _gauge(name: str, help: str, unit: Unit = "count") -> Metric:
-    return Metric(f"vlcache_worker_{name}", "gauge", help, unit, _WORKER)
+def _gauge(name: str, help: str, unit: Unit = "count", *labels: str) -> Metric:
+    return Metric(f"vlcache_worker_{name}", "gauge", help, unit, _WORKER + labels)
 
 
 def _counter(name: str, help: str, unit: Unit = "count", *labels: str) -> Metric:
@@ -106,6 +106,13 @@ SPANS_RECORDED = _counter("spans_recorded", "Images whose KV was recorded")
 SPANS_REUSED = _counter("spans_reused", "Images whose KV was reused")
 SPANS_WATCHED = _counter("spans_watched", "Reused images whose canary was read")
 SPANS_ESCALATED = _counter("spans_escalated", "Reused images that were computed in full after all")
+GUARD_LEVEL = _gauge("guard_level", "0 normal, 1 tightened, 2 strengthened, 3 reuse is off", "count", "format")
+DRIFT_KL = _gauge("drift_kl", "Mean KL of first tokens against full runs, nats", "count", "format")
+DRIFT_AGREEMENT = _gauge("drift_agreement", "Share of first tokens that agree with full runs", "count", "format")
+SHADOW_RUNS = _counter("shadow_runs", "Approximate requests compared with full runs", "count", "format")
+MISSED_ALARMS = _counter("missed_alarms", "Compared requests that were harmed without an alarm", "count", "format")
+GUARD_TRIPS = _counter("guard_trips", "Times the guard became more careful", "count", "format")
+SHADOW_SECONDS = _counter("shadow_seconds", "Engine time of full runs for comparison", "seconds")
 HANDOFF_BYTES = _counter("handoff_bytes", "Bytes that decode workers read to take sequences over", "bytes")
 WORKER: tuple[Metric, ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, Metric) and value.labels[:2] == _WORKER
@@ -193,6 +200,16 @@ class WorkerSamples:
             yield metric, labels, float(value)
 
 
+_DRIFT = (
+    (GUARD_LEVEL, "level_number"),
+    (DRIFT_KL, "kl"),
+    (DRIFT_AGREEMENT, "agreement"),
+    (SHADOW_RUNS, "shadows"),
+    (MISSED_ALARMS, "missed_alarms"),
+    (GUARD_TRIPS, "trips"),
+)
+
+
 def _figures(status: Mapping[str, Any], load: Mapping[str, Any]) -> Iterator[tuple[Metric, float, dict[str, str]]]:
     store, itemsize, transfers = status["store"], status["store_itemsize"], status["transfers"]
     plain: list[tuple[Metric, Mapping[str, Any], str, float]] = [
@@ -229,6 +246,10 @@ def _figures(status: Mapping[str, Any], load: Mapping[str, Any]) -> Iterator[tup
             (SPANS_WATCHED, engine, "spans_watched", 1),
             (SPANS_ESCALATED, engine, "spans_escalated", 1),
         ]
+        if guard := status.get("guard"):
+            plain.append((SHADOW_SECONDS, guard, "shadow_s", 1))
+            for name, about in guard["formats"].items():
+                yield from ((metric, about[key], {"format": name}) for metric, key in _DRIFT)
         yield from ((SEQUENCES, engine[how], {"outcome": how}) for how in ("finished", "aborted", "failed"))
         yield from ((PREFIX_HIT_TOKENS, engine[f"{kind}_hit_tokens"], {"cache": kind}) for kind in ("exact", "approx"))
     yield from ((metric, source[key] * scale, {}) for metric, source, key, scale in plain if key in source)

@@ -114,7 +114,9 @@ class SpanReport(msgspec.Struct, frozen=True):
     reused; for a computed span ``reused_tokens == recomputed_tokens == 0``. ``recomputed_layer_tokens`` is the sum
     of the plan's counts over layers (token-layers). ``bytes_moved`` is what crossed the transport for this span.
     ``deviation``: what the canary saw, in units of its limit (None: nobody watched); above 1 the span and all behind it
-    are ``escalated``: computed in full before the first token was released, whatever was reused at first.
+    are ``escalated``: computed in full before the first token was released, whatever was reused at first. ``why``:
+    "canary" (its own probes, after the warm pass), "earlier span" (another's, likewise), "remembered" (such a context
+    proved harmful before: nothing was tried), "trusted" (it proved harmless before: nobody watched).
     """
 
     digest: str
@@ -127,3 +129,4 @@ class SpanReport(msgspec.Struct, frozen=True):
     holder: str = ""
     deviation: float | None = None
     escalated: bool = False
+    why: str = ""

@@ -373,6 +373,8 @@ class Prefilled(Message, frozen=True):
     handoff: Handoff | None
     queue_ms: float
     compute_ms: float
+    plan: str = ""  #: in force, if the guard changed what was asked for
+    guard: str = "normal"  #: how careful reuse is for such prompts (``reuse.ladder.Level``)
 
 
 class ReleaseHandoff(Message, frozen=True):

@@ -90,6 +90,34 @@ def rows() -> list[tuple[str, list[dict[str, Any]]]]:
             ],
         ),
         (
+            "Guard",
+            [
+                panel(
+                    "Reuse, by prompts (0 normal, 1 tightened, 2 strengthened, 3 off)",
+                    "short",
+                    (f"max by (format) ({m.GUARD_LEVEL.ray_name})", "{{format}}"),
+                ),
+                panel(
+                    "First tokens that agree with full runs",
+                    "percentunit",
+                    (f"min by (format) ({m.DRIFT_AGREEMENT.ray_name})", "{{format}}"),
+                ),
+                panel(
+                    "KL of first tokens against full runs, nats",
+                    "short",
+                    (f"max by (format) ({m.DRIFT_KL.ray_name})", "{{format}}"),
+                ),
+                panel(
+                    "Compared requests",
+                    "short",
+                    (rate(m.SHADOW_RUNS), "per second"),
+                    (rate(m.MISSED_ALARMS), "harmed without an alarm"),
+                    (rate(m.GUARD_TRIPS), "more careful"),
+                ),
+                panel("Engine time for comparison", "percentunit", (rate(m.SHADOW_SECONDS, "worker"), "{{worker}}")),
+            ],
+        ),
+        (
             "Transfers",
             [
                 panel("Image KV moved", "Bps", (rate(m.BYTES_MOVED), "")),

@@ -72,7 +72,7 @@ def settings(**engine: Any) -> Settings:
     serve = engine.pop("serve", {})
     return Settings.read(
         model={"model": "tiny", "device": "cpu"},
-        engine={"store_bytes": STORE_BYTES, "kv_bytes": KV_BYTES, **engine},
+        engine={"store_bytes": STORE_BYTES, "kv_bytes": KV_BYTES, "guard_budget": 0.0, **engine},
         serve=serve,
     )
 

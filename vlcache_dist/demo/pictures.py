@@ -1,12 +1,8 @@
-"""Seeded pictures with facts, of the three kinds that the bundled model reads: forms, tables and shapes.
+"""Seeded pictures with facts, of the three kinds that the bundled model reads: forms, tables and shapes (``scenes``).
 
 A picture is a grid of 28-pixel cells (one vision token each) with an even number of cells on either side that is a
 multiple of four, because the model was trained on sides of 112 pixels and multiples. Text is Pillow's default font, as
 the model was trained on; other fonts it cannot read.
-
-    form     two-letter labels, each with a two-digit value on its right, scattered
-    table    one-digit cells under letters N-Z, beside letters A-M
-    shapes   eight shapes in eight colours, one in each 2 x 2 block of cells
 """
 
 from __future__ import annotations
@@ -16,36 +12,17 @@ import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Kind = Literal["form", "table", "shapes"]
-Color = tuple[int, int, int]
+from vlcache_dist.demo.scenes import COLORS, SHAPES, Fact, Kind, Scene, Sketch, Sprite, scene, value_of
+
+__all__ = ["CELL", "COLORS", "SHAPES", "Fact", "Kind", "Picture", "draw", "form", "mask", "paint"]
 
 CELL = 28
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-COLORS: dict[str, Color] = {
-    "red": (214, 39, 40),
-    "green": (44, 160, 44),
-    "blue": (31, 90, 220),
-    "yellow": (240, 210, 30),
-    "purple": (140, 60, 190),
-    "orange": (255, 140, 0),
-    "pink": (250, 150, 200),
-    "brown": (120, 70, 40),
-}
-SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
+NOISE = 6.0  #: standard deviation of the sensor noise that the model was trained with, of 255
 _OVERSAMPLE = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """A question about a picture and the only right answer, in the words that the bundled model uses."""
-
-    question: str
-    answer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,122 +45,45 @@ def draw(kind: Kind, seed: int, rows: int = 8, columns: int = 8) -> Picture:
     knows best). Raises ValueError otherwise."""
     if rows % 4 or columns % 4 or rows < 4 or columns < 4:
         raise ValueError(f"{rows} x {columns} cells: both must be multiples of 4")
-    canvas = _Canvas(random.Random(f"{kind} {seed} {rows} {columns}"), rows, columns)
-    facts = {"form": _form, "table": _table, "shapes": _shapes}[kind](canvas)
-    return Picture(kind, canvas.finish(), tuple(facts))
+    drawn = scene(kind, random.Random(f"{kind} {seed} {rows} {columns}"), rows, columns)
+    return Picture(kind, paint(drawn), drawn.facts)
 
 
 def form(labels: dict[str, int], seed: int = 0, rows: int = 8, columns: int = 8) -> Picture:
     """A form with the given labels (two capital letters) and values (0-99), at places drawn from ``seed``. Raises
     ValueError if they do not fit."""
-    canvas = _Canvas(random.Random(f"form {seed} {rows} {columns}"), rows, columns)
+    sketch = Sketch(random.Random(f"form {seed} {rows} {columns}"), rows, columns)
     entries = [(label, f"{value:02d}") for label, value in labels.items()]
-    return Picture("form", canvas.finish_with(entries), tuple(_value(label, value) for label, value in entries))
+    sketch.entries(entries)
+    facts = [value_of(label, value) for label, value in entries]
+    return Picture("form", paint(sketch.finish("form", facts, [])), tuple(facts))
 
 
-class _Canvas:
-    """A picture under construction: background, then coloured masks."""
-
-    def __init__(self, rng: random.Random, rows: int, columns: int) -> None:
-        self.rng, self.rows, self.columns = rng, rows, columns
-        self.light = rng.random() < 0.75
-        low, high = (205, 255) if self.light else (0, 50)
-        background = tuple(rng.randint(low, high) for _ in range(3))
-        self._pixels: np.ndarray = np.full((rows * CELL, columns * CELL, 3), background, np.float32)
-
-    def ink(self) -> Color:
-        low, high = (0, 90) if self.light else (180, 255)
-        return self.rng.randint(low, high), self.rng.randint(low, high), self.rng.randint(low, high)
-
-    def paint(self, mask: np.ndarray, row: int, column: int, shift: tuple[int, int], color: Color) -> None:
-        """Blend ``color`` through ``mask`` (uint8, whole cells), moved by ``shift`` (dy, dx) and cut at its cells."""
-        alpha = np.zeros(mask.shape, np.float32)
-        dy, dx = shift
-        height, width = mask.shape
-        alpha[max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = mask[
-            max(-dy, 0) : height - max(dy, 0), max(-dx, 0) : width - max(dx, 0)
-        ]
-        weight = alpha[:, :, None] / 255
-        here = (slice(row * CELL, row * CELL + height), slice(column * CELL, column * CELL + width))
-        self._pixels[here] += weight * (np.asarray(color, np.float32) - self._pixels[here])
-
-    def entries(self, entries: list[tuple[str, str]]) -> None:
-        """Labels with their values, each pair in two neighbouring cells, in reading order."""
-        slots = range(self.rows * (self.columns // 2))
-        if len(entries) > len(slots):
-            raise ValueError(f"{len(entries)} labels do not fit into {self.rows} x {self.columns} cells")
-        for slot, pair in zip(sorted(self.rng.sample(slots, len(entries))), entries, strict=True):
-            row, column = divmod(slot, self.columns // 2)
-            shift, color = (self.rng.randint(-4, 4), self.rng.randint(-2, 2)), self.ink()
-            for i, text in enumerate(pair):
-                self.paint(_text(text), row, 2 * column + i, shift, color)
-
-    def finish_with(self, entries: list[tuple[str, str]]) -> Image.Image:
-        self.entries(entries)
-        return self.finish()
-
-    def finish(self) -> Image.Image:
-        """Add the sensor noise that the model was trained with."""
-        noise = np.random.default_rng(self.rng.getrandbits(64)).normal(0, 6, self._pixels.shape)
-        return Image.fromarray(np.rint(np.clip(self._pixels + noise, 0, 255)).astype(np.uint8))
+def paint(drawn: Scene) -> Image.Image:
+    """The scene's picture, with its noise."""
+    pixels: np.ndarray = np.full((drawn.rows * CELL, drawn.columns * CELL, 3), drawn.background, np.float32)
+    for sprite in drawn.sprites:
+        _blend(pixels, sprite)
+    noise = np.random.default_rng(drawn.noise).normal(0, NOISE, pixels.shape)
+    return Image.fromarray(np.rint(np.clip(pixels + noise, 0, 255)).astype(np.uint8))
 
 
-def _form(canvas: _Canvas) -> list[Fact]:
-    rng = canvas.rng
-    most = min(canvas.rows * canvas.columns // 2, 16)
-    labels = {rng.choice(LETTERS) + rng.choice(LETTERS): None for _ in range(rng.randint(3, most))}
-    entries = [(label, f"{rng.randrange(100):02d}") for label in labels]
-    canvas.entries(entries)
-    return [_value(label, value) for label, value in entries]
+def _blend(pixels: np.ndarray, sprite: Sprite) -> None:
+    ink = mask(sprite.name)
+    alpha = np.zeros(ink.shape, np.float32)
+    dy, dx = sprite.shift
+    height, width = ink.shape
+    alpha[max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = ink[
+        max(-dy, 0) : height - max(dy, 0), max(-dx, 0) : width - max(dx, 0)
+    ]
+    top, left = sprite.row * CELL, sprite.column * CELL
+    here = (slice(top, top + height), slice(left, left + width))
+    pixels[here] += alpha[:, :, None] / 255 * (np.asarray(sprite.color, np.float32) - pixels[here])
 
 
-def _value(label: str, value: str) -> Fact:
-    return Fact(f"What is the value of {label}?", value)
-
-
-def _table(canvas: _Canvas) -> list[Fact]:
-    rng, ink = canvas.rng, canvas.ink()
-    rows = rng.sample(LETTERS[:13], rng.randint(2, min(7, canvas.rows - 1)))
-    columns = rng.sample(LETTERS[13:], rng.randint(2, min(7, canvas.columns - 1)))
-
-    def put(row: int, column: int, text: str) -> None:
-        canvas.paint(_text(text), row, column, (rng.randint(-3, 3), rng.randint(-3, 3)), ink)
-
-    for i, name in enumerate(rows, 1):
-        put(i, 0, name)
-    for j, name in enumerate(columns, 1):
-        put(0, j, name)
-    facts = []
-    for i, row in enumerate(rows, 1):
-        digits = [str(rng.randrange(10)) for _ in columns]
-        for j, (column, digit) in enumerate(zip(columns, digits, strict=True), 1):
-            put(i, j, digit)
-            facts.append(Fact(f"What is in row {row}, column {column}?", digit))
-        facts.append(Fact(f"Read row {row}.", " ".join(digits)))
-    return facts
-
-
-def _shapes(canvas: _Canvas) -> list[Fact]:
-    rng = canvas.rng
-    height, width = canvas.rows // 2, canvas.columns // 2
-    places = rng.sample(range(height * width), rng.randint(2, min(height * width, 12)))
-    found: dict[int, tuple[str, str]] = {}
-    for place in sorted(places):
-        shape, color = rng.choice(SHAPES), rng.choice(list(COLORS))
-        r, g, b = (min(255, max(0, value + rng.randint(-15, 15))) for value in COLORS[color])
-        row, column = divmod(place, width)
-        shift = rng.randint(-6, 6), rng.randint(-6, 6)
-        canvas.paint(_shape(shape), 2 * row, 2 * column, shift, (r, g, b))
-        found[place] = (color, shape)
-    facts = []
-    for place in range(height * width):
-        row, column = divmod(place, width)
-        answer = " ".join(found[place]) if place in found else "nothing"
-        facts.append(Fact(f"What is at row {row + 1}, column {column + 1}?", answer))
-    for color, shape in found.values():
-        if [c for c, _ in found.values()].count(color) == 1:
-            facts.append(Fact(f"Which shape is {color}?", shape))
-    return facts
+def mask(name: str) -> np.ndarray:
+    """What a sprite of this name inks: uint8, [28, 28] for text, [56, 56] for shapes."""
+    return _shape(name) if name in SHAPES else _text(name)
 
 
 @lru_cache(maxsize=1024)

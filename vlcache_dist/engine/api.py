@@ -33,10 +33,12 @@ class Mode(enum.StrEnum):
 class Compute:
     """Compute the span from its encoder output. ``embedding``: committed and pinned (of any kind but KV; a staging
     extent is discarded after use). ``record``: a FILLING extent of kind KV in which the span's KV is recorded under the
-    extent's key and variant, or None. A record that may not be completed comes back as ``RecordDropped``."""
+    extent's key and variant, or None. A record that may not be completed comes back as ``RecordDropped``.
+    ``remembered``: KV was there, and this context is known to be harmful (provenance)."""
 
     embedding: Extent
     record: Extent | None = None
+    remembered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Reuse:
     token is released. ``groups``: edges of the layer groups in which ``kv`` is still arriving, (0, ..., num_layers); it
     is then neither committed nor pinned, and nothing that depends on it counts before ``Engine.admit``. Empty: all of
     it is there. With ``rows_arrive``, so is ``embedding``, and layers count as arrived once its rows are there. The
-    rest is provenance for the report."""
+    rest is provenance for the report. ``trusted``: nobody watches, since such contexts proved harmless."""
 
     kv: Extent
     depths: np.ndarray
@@ -59,6 +61,7 @@ class Reuse:
     canary: Canary | None = None
     groups: tuple[int, ...] = ()
     rows_arrive: bool = False
+    trusted: bool = False
 
 
 # -- events -------------------------------------------------------------------------------------------------------
@@ -98,7 +101,9 @@ class RecordDropped:
 class PrefillDone:
     """All prompt tokens are computed; the first ``TokenEvent`` follows at once. ``cached_tokens`` counts prompt tokens
     that were not computed in full, ``computed_rows`` token-layers. Times in seconds of the caller's clock: from ``add``
-    to the first step, and from there to now."""
+    to the first step, and from there to now. ``discarded``: the first token of the pass that a canary threw away, with
+    its logprobs if the request asked for them; comparing it with the one that follows says whether the alarm was
+    right."""
 
     request_id: str
     reports: tuple[SpanReport, ...]
@@ -106,6 +111,7 @@ class PrefillDone:
     computed_rows: int
     queue_s: float
     compute_s: float
+    discarded: tuple[int, TokenLogprobs | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -294,6 +294,7 @@ class Engine:
             if sequence.request_id in seen:
                 look = looks[sequence.request_id]
                 if self._settle(sequence, look.spans, seen[sequence.request_id]):
+                    sequence.discarded = (token, logprob)
                     continue  # this token is not released: the sequence goes back and draws it again
             self._token(sequence, token, logprob, now)
 
@@ -448,6 +449,7 @@ class Engine:
                 sequence.computed_rows,
                 queue_s=sequence.admitted_at - sequence.arrived,
                 compute_s=now - sequence.admitted_at,
+                discarded=sequence.discarded,
             )
         )
 

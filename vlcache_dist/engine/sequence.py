@@ -12,7 +12,7 @@ from vlcache_dist.engine.batch import ChunkWork, SpanWork, block_slots
 from vlcache_dist.kv.block_chain import BlockChain
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.kv.prefix_cache import PrefixCache
-from vlcache_dist.types import KVSource, MediaSpan, ReuseMode, SamplingParams, SpanReport
+from vlcache_dist.types import KVSource, MediaSpan, ReuseMode, SamplingParams, SpanReport, TokenLogprobs
 from vlcache_dist.wire import Generation
 
 
@@ -30,7 +30,7 @@ class SpanState:
     source is needed). ``work``: what batches need of it, until it is computed. ``held``: committed extents pinned for
     it. ``record``: the extent that its KV is recorded in. ``repeated``: an earlier span of the prompt has its key.
     ``arriving``: the source is not admitted yet; it comes in ``groups`` of layers (their edges), of which layers
-    [0, ``layers_here``) are there. ``deviation``, ``escalated``: see ``SpanReport``."""
+    [0, ``layers_here``) are there. ``deviation``, ``escalated``, ``why``: see ``SpanReport``."""
 
     span: MediaSpan
     repeated: bool
@@ -44,6 +44,7 @@ class SpanState:
     layers_here: int = 0
     deviation: float | None = None
     escalated: bool = False
+    why: str = ""
 
     @property
     def needs_source(self) -> bool:
@@ -55,7 +56,9 @@ class SpanState:
             return SpanReport(digest, KVSource.PREFIX, length, reused_tokens=length)
         if isinstance(self.source, Compute):
             source = KVSource.PREFIX if self.cached else KVSource.COMPUTED
-            return SpanReport(digest, source, length, reused_tokens=self.cached)
+            remembered = self.source.remembered
+            why = "remembered" if remembered else ""
+            return SpanReport(digest, source, length, reused_tokens=self.cached, escalated=remembered, why=why)
         depths = self.source.depths[self.cached :]
         recomputed = int((depths > 0).sum())
         return SpanReport(
@@ -69,6 +72,7 @@ class SpanState:
             holder=self.source.holder,
             deviation=self.deviation,
             escalated=self.escalated,
+            why="trusted" if self.source.trusted and not self.escalated else self.why,
         )
 
 
@@ -144,6 +148,7 @@ class Sequence:
         self.has_kv = mode is not Mode.DECODE  # a DECODE sequence cannot run before its KV is there
         self.handover: Handover | None = None
         self.streaming = False  # a pass ahead of admission is under way
+        self.discarded: tuple[int, TokenLogprobs | None] | None = None  # first token of a pass that a canary threw away
         self.computed_rows = 0
         self.arrived = arrived
         self.admitted_at = arrived
@@ -255,6 +260,7 @@ class Sequence:
                     continue
                 state.source = replace(source, depths=np.full(span.length, self.num_layers, np.int32))
                 state.escalated = True
+                state.why = "canary" if state.deviation is not None and state.deviation > 1 else "earlier span"
                 escalated += 1
                 if self.chain is not None:
                     self.chain.set_variant(span.index, None)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
-from vlcache_dist.demo.pictures import Kind, Picture, draw
+from vlcache_dist.demo.pictures import Picture, draw
+from vlcache_dist.demo.scenes import Kind, Scene, scene
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,10 @@ class Shown:
     def picture(self) -> Picture:
         """The drawn picture with its facts. Only for drawn ones."""
         return _drawn(self.kind, self.seed, self.rows, self.columns)
+
+    def scene(self) -> Scene:
+        """What the drawn picture shows, unpainted. Only for drawn ones."""
+        return scene(self.kind, Random(f"{self.kind} {self.seed} {self.rows} {self.columns}"), self.rows, self.columns)
 
     def data(self) -> bytes:
         """The encoded file. Raises OSError where ``path`` cannot be read."""

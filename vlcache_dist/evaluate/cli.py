@@ -10,6 +10,7 @@ from typing import Any
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.evaluate import report
 from vlcache_dist.evaluate.cases import Case
+from vlcache_dist.evaluate.donors import with_canonical_donors
 from vlcache_dist.evaluate.generated import SUITES, generate
 from vlcache_dist.evaluate.plots import chart
 from vlcache_dist.evaluate.policies import parse_policy
@@ -20,12 +21,18 @@ from vlcache_dist.evaluate.workbench import Workbench
 DEFAULT_POLICIES = "full,none,unrotated,uniform:5,random:5,last:5,blend:5,epic:5,mpic:4,pyramid:10-0,inverse:0-10"
 
 
-def load_suite(suite: str, cases: int, seed: int) -> list[Case]:
-    """A generated suite by name, or a folder of public data (``cases`` lines of each file). Raises ConfigError."""
+def load_suite(suite: str, cases: int, seed: int, donors: str = "recorded") -> list[Case]:
+    """A generated suite by name, or a folder of public data (``cases`` lines of each file); ``donors``: "recorded" or
+    "canonical" (``evaluate.donors``). Raises ConfigError."""
+    if donors not in ("recorded", "canonical"):
+        raise ConfigError(f"donors {donors!r}: must be recorded or canonical")
+    found: list[Case] | None = None
     if suite in SUITES:
-        return generate(suite, cases, seed)
-    if Path(suite).is_dir():
-        return read_folder(Path(suite), cases)
+        found = generate(suite, cases, seed)
+    elif Path(suite).is_dir():
+        found = read_folder(Path(suite), cases)
+    if found is not None:
+        return with_canonical_donors(found) if donors == "canonical" else found
     raise ConfigError(f"suite {suite!r} is neither a folder nor one of {', '.join(SUITES)}")
 
 

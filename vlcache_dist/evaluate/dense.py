@@ -6,6 +6,7 @@ recompute sets that the engine has no use for, and it hands out what lies betwee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,21 @@ class Captured:
 
     k: torch.Tensor
     v: torch.Tensor
+
+
+@dataclass(slots=True)
+class Shift:
+    """One reused picture of case ``case`` whose cached tokens follow its probes: in every layer the mean of fresh minus
+    cached K (unrotated) and V of rows ``probes`` (int64 [p], of the rows that run) is added to what lies at cache rows
+    ``stale`` int64 [s], whose positions are ``positions`` int [3, s]. ``k``, ``v``: the probes' cached ones, [layer, p,
+    kv_head, head_dim]."""
+
+    case: int
+    probes: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    stale: torch.Tensor
+    positions: torch.Tensor
 
 
 class DenseModel:
@@ -75,10 +91,12 @@ class DenseModel:
         cache: DenseCache,
         fresh: torch.Tensor | None = None,
         capture: torch.Tensor | None = None,
+        shifts: Sequence[Shift] = (),
     ) -> tuple[torch.Tensor, Captured | None]:
         """Rows x [B, R, C] at cache rows ``index`` int64 [B, R] (S for padding) through all layers; returns hidden
         states [B, R, C] before the last norm. ``fresh`` bool [layer, B, R]: whether the layer's K and V of the row
-        replace what the cache has (None: always). ``capture`` int64 [B, M]: rows whose K and V are returned."""
+        replace what the cache has (None: always). ``capture`` int64 [B, M]: rows whose K and V are returned.
+        ``shifts``: corrections of cached tokens, applied to ``cache`` layer by layer before the layer attends."""
         batch, rows = index.shape
         length, config = cache.length, self.config
         d, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
@@ -93,6 +111,8 @@ class DenseModel:
             q, k, v = q.unflatten(-1, (-1, d)), k.unflatten(-1, (-1, d)), v.view(batch, rows, kv_heads, d)
             if capture is not None:
                 seen.append((k.view(batch, rows, kv_heads, d)[each, capture], v[each, capture]))
+            for shift in shifts:
+                self._shift(n, shift, k.view(batch, rows, kv_heads, d), v, cache)
             q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin).view(batch, rows, kv_heads, d)
             where = index if fresh is None else torch.where(fresh[n], index, length)
             cache.k[n, each, where] = k
@@ -109,6 +129,12 @@ class DenseModel:
         if capture is None:
             return x, None
         return x, Captured(*(torch.stack(part) for part in zip(*seen, strict=True)))
+
+    def _shift(self, n: int, shift: Shift, k: torch.Tensor, v: torch.Tensor, cache: DenseCache) -> None:
+        b = shift.case
+        dk = (k[b, shift.probes] - shift.k[n]).mean(0).expand(len(shift.stale), -1, -1)
+        cache.k[n, b, shift.stale] += self.rotate(dk[None].contiguous(), shift.positions[:, None])[0]
+        cache.v[n, b, shift.stale] += (v[b, shift.probes] - shift.v[n]).mean(0)
 
     @torch.inference_mode()
     def logits(self, x: torch.Tensor) -> torch.Tensor:

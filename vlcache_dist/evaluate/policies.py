@@ -15,6 +15,8 @@ spelling       what is fresh; source
 ``epic:P``     the first tokens of every chunk (EPIC, arXiv 2410.15332); a chunk is a row of the picture, as a chunk
                that is the whole picture would be ``uniform``
 ``mpic:K``     the first K tokens of every picture whatever its size (after MPIC, arXiv 2502.01960)
+``shift:K``      K strided tokens are fresh in every layer, and what their K and V gained on average over the cached
+               ones is added to all others of the picture (this project's: a change of role moves all tokens alike)
 ``inverse:A-B``  few tokens in low layers, more in high ones; all hidden states are computed, which is counted (a
                cache of hidden states would save that)
 ``X+canary:..``  plan X with probe tokens; a picture whose probes deviate, and all behind it, is computed in full
@@ -34,6 +36,7 @@ import numpy as np
 from vlcache_dist.errors import InvalidPlan
 from vlcache_dist.reuse.canary import Canary
 from vlcache_dist.reuse.plan import Plan
+from vlcache_dist.reuse.probes import probe_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Policy:
     name: str
     choose: Callable[[SpanView], Choice]
     rotated: bool = True
+    shifted: bool = False
     canary: Canary | None = None
 
 
@@ -76,6 +80,9 @@ def parse_policy(spelling: str) -> Policy:
         select = _SELECTIONS[form]
         extra = 2 if form == "blend" else 0
         return Policy(spelling, _tokens(lambda view: select(view, amount), whole_layers=extra))
+    if form == "shift":
+        count = int(_number(rest, spelling))
+        return Policy(spelling, _tokens(lambda view: probe_tokens(view.num_tokens, 0, count)), shifted=True)
     if form == "inverse":
         low, dash, high = rest.partition("-")
         if not dash:

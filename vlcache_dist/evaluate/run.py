@@ -49,7 +49,7 @@ def _outcomes(trial: Trial, policy: Policy, seed: int) -> Iterator[Outcome]:
             if policy.canary is not None:
                 probes[b, here.start + policy.canary.probes(span.length)] = True
     watched = probes if policy.canary is not None else None
-    answers, seen = trial.reuse(fresh, rotated=policy.rotated, probes=watched)
+    answers, seen = trial.reuse(fresh, rotated=policy.rotated, probes=watched, shifted=policy.shifted)
     escalated = np.zeros(len(trial.cases), bool)
     if policy.canary is not None and seen is not None:
         with np.errstate(invalid="ignore"):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vlcache_dist.evaluate.cases import Case, Donor
-from vlcache_dist.evaluate.dense import Captured, DenseCache
+from vlcache_dist.evaluate.dense import Captured, DenseCache, Shift
 from vlcache_dist.evaluate.workbench import Tokens, Workbench
 
 
@@ -71,6 +71,11 @@ class Trial:
         return self.bench.dense.num_layers
 
     @property
+    def recorded(self) -> Captured:
+        """The donors' K (unrotated) and V: [layer, B, M, kv_head, head_dim], 0 where there is none."""
+        return self._kept
+
+    @property
     def _each(self) -> torch.Tensor:
         return torch.arange(len(self.cases), device=self.bench.device)
 
@@ -81,11 +86,13 @@ class Trial:
         rotated: bool = True,
         only: Sequence[int] | None = None,
         probes: np.ndarray | None = None,
+        shifted: bool = False,
     ) -> tuple[Answers, Deviation | None]:
         """Answers with cached K, V of every vision token and layer that ``fresh`` bool [layer, B, M] does not name.
         ``only``: the cases to run (all); results are in their order. ``probes`` bool [B, M]: tokens, fresh in every
         layer, whose deviation is wanted ([layer, B, M], 0 elsewhere). ``rotated=False`` leaves keys at the positions at
-        which they were recorded."""
+        which they were recorded. ``shifted``: cached tokens of a picture follow those of it that are fresh in every
+        layer (``dense.Shift``)."""
         dense, device = self.bench.dense, self.bench.device
         picked = list(range(len(self.cases)) if only is None else only)
         chosen = torch.tensor(picked, device=device)
@@ -119,7 +126,8 @@ class Trial:
         x = self._x[chosen].gather(1, inside[..., None].expand(-1, -1, self._x.shape[-1]))
         positions = self._positions[:, chosen].gather(2, inside[None].expand(3, -1, -1))
         capture = None if probes is None else torch.arange(widest, device=device).expand((len(picked), -1))
-        hidden, seen = dense.run(x, at, positions, cache, torch.from_numpy(mask).to(device), capture)
+        shifts = self._shifts(picked, fresh, rows) if shifted else ()
+        hidden, seen = dense.run(x, at, positions, cache, torch.from_numpy(mask).to(device), capture, shifts)
         answers = self._answer(
             hidden[torch.arange(len(picked)), torch.tensor([len(r) - 1 for r in rows])], cache, picked
         )
@@ -132,6 +140,27 @@ class Trial:
         dev = _deviation(Captured(seen.k[:, each, back], seen.v[:, each, back]), kept)
         wanted = probes[picked] & self.known[picked]
         return answers, Deviation(*(np.where(wanted, part, 0.0) for part in (dev.dk, dev.dv, dev.k, dev.v)))
+
+    def _shifts(self, picked: Sequence[int], fresh: np.ndarray, rows: Sequence[np.ndarray]) -> list[Shift]:
+        shifts = []
+        for i, b in enumerate(picked):
+            for donor, span, here in zip(self.cases[b].donors, self.tokens[b].spans, self.columns[b], strict=True):
+                probes, stale = fresh[:, b, here].all(0), ~fresh[:, b, here].any(0)
+                if donor is None or not probes.any() or not stale.any():
+                    continue
+                at = torch.from_numpy(here.start + np.flatnonzero(probes))
+                left = torch.from_numpy(np.flatnonzero(stale))
+                shifts.append(
+                    Shift(
+                        i,
+                        torch.from_numpy(np.searchsorted(rows[i], span.start + np.flatnonzero(probes))),
+                        self._kept.k[:, b, at],
+                        self._kept.v[:, b, at],
+                        span.start + left,
+                        self._vision_positions[:, b, here.start + left],
+                    )
+                )
+        return shifts
 
     def _record(self, donors: Sequence[Donor], like: Captured) -> None:
         """Run every donor up to the end of its picture and keep the picture's K and V."""

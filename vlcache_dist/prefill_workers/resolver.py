@@ -24,7 +24,6 @@ import numpy as np
 from vlcache_dist import wire
 from vlcache_dist.engine.api import Compute, Reuse
 from vlcache_dist.engine.bridge import OnEngine
-from vlcache_dist.engine.engine import new_variant
 from vlcache_dist.errors import (
     BadRequest,
     CacheError,
@@ -41,19 +40,23 @@ from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.arrival import Arrival, Incoming
 from vlcache_dist.prefill_workers.production import LocalProduction
-from vlcache_dist.reuse.plan import Plan
+from vlcache_dist.reuse.context import Advice, signature, variant_in
+from vlcache_dist.reuse.plan import Guarded, Plan
 from vlcache_dist.transfer.fetch import OnExtent, OnGroup
-from vlcache_dist.types import ContentKey, KVSource, MediaSpan, ObjectKind, ReuseMode
+from vlcache_dist.types import ContentKey, KVSource, MediaSpan, ObjectKind, ReuseMode, Variant
 
 log = logging.getLogger(__name__)
 ENCODE_ATTEMPTS = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.2  #: between attempts to find room
 MIN_PATIENCE_S = 0.5  #: with less time left than twice this, a request computes rather than waits
 
+Advise = Callable[[int, Variant], Advice]  #: what is remembered of an object's context beside that of span number ...
+
 
 class SpanResolver:
     """One request's. ``on_engine`` runs a function in the engine's thread; ``encoders`` lists the living encoder
-    workers' addresses, the preferred one for a key first; ``deadline`` is on the monotonic clock."""
+    workers' addresses, the preferred one for a key first; ``deadline`` is on the monotonic clock; ``advise`` is asked
+    about every object before it is read or reused."""
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class SpanResolver:
         encoders: Callable[[ContentKey], Sequence[str]],
         message: wire.Prefill,
         deadline: float,
+        advise: Advise = lambda index, variant: Advice.WATCH,
     ) -> None:
         self._node = node
         self._production = production
@@ -72,6 +76,8 @@ class SpanResolver:
         self._source = message.source
         self._plan = Plan.parse(message.generation.plan)
         self._deadline = deadline
+        self._advise = advise
+        self._advice: dict[tuple[int, Variant], Advice] = {}  # asked once: asking counts
         self._claims: set[ContentKey] = set()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -96,20 +102,20 @@ class SpanResolver:
             await arrival.close()
 
     async def _head_start(self) -> None:
-        missing: dict[ContentKey, MediaSpan] = {}
-        for span in self._generation.spans:
+        missing: dict[ContentKey, tuple[int, MediaSpan]] = {}
+        for index, span in enumerate(self._generation.spans):
             if self._plan.is_full(span.length, self._node.layout.num_layers):
                 continue
             if self._node.store.lookup(ObjectKind.KV, span.key) is None:
-                missing.setdefault(span.key, span)
+                missing.setdefault(span.key, (index, span))
         if not missing:
             return
         states = await self._node.lookup(list(missing))
-        for (key, span), state in zip(missing.items(), states, strict=True):
+        for (key, (index, span)), state in zip(missing.items(), states, strict=True):
             for kind in (ObjectKind.KV, ObjectKind.EMBEDDING):
                 self._known[kind, key] = self._node.holders_in(state, kind)
             others = [h for h in self._known[ObjectKind.KV, key] if h.worker_id != self._node.worker_id]
-            if others:
+            if others and self._advised(index, others[0].variant) is not Advice.COMPUTE:
                 self._ahead[key] = self._order(span, others[0])
 
     async def _holders(self, kind: ObjectKind, key: ContentKey) -> tuple[wire.Holder, ...]:
@@ -205,34 +211,47 @@ class SpanResolver:
             return Compute(await self._embedding(span)), None
         allowed = await self._on_engine(lambda engine: engine.recordable(self._generation.request_id, index))
         if self._generation.reuse is ReuseMode.EXACT or self._plan.is_full(span.length, self._node.layout.num_layers):
-            record = self._record_extent(span) if allowed and await self._claim(span.key) else None
+            record = self._record_extent(index, span) if allowed and await self._claim(span.key) else None
             return await self._compute(span, record), None
         # What was withdrawn behind a span that is open itself claims nothing: that one may wait for a producer.
         allowed = allowed and min(self._open, default=index) == index
         while True:
-            if (found := await self._from_stores(span, tried)) is not None:
+            if (found := await self._from_stores(index, span, tried)) is not None:
                 return found
             if allowed and await self._claim(span.key):
-                return await self._compute(span, self._record_extent(span)), None
+                return await self._compute(span, self._record_extent(index, span)), None
             if not await self._wait_for_producer(span.key, tried):
                 return await self._compute(span, None), None
 
-    async def _compute(self, span: MediaSpan, record: Extent | None) -> Compute:
+    async def _compute(self, span: MediaSpan, record: Extent | None, *, remembered: bool = False) -> Compute:
         try:
-            return Compute(await self._embedding(span), record)
+            return Compute(await self._embedding(span), record, remembered)
         except BaseException:
             if record is not None:
                 self._node.store.abort(record)
                 self._give_up(span.key)
             raise
 
-    async def _from_stores(self, span: MediaSpan, tried: set[bytes]) -> tuple[Reuse, Arrival | None] | None:
-        """KV from the own store or from any announced holder that was not tried in vain."""
+    def _advised(self, index: int, variant: Variant) -> Advice:
+        """What is remembered of an object's context beside that of span ``index``."""
+        if (index, variant) not in self._advice:
+            self._advice[index, variant] = self._advise(index, variant)
+        return self._advice[index, variant]
+
+    async def _from_stores(
+        self, index: int, span: MediaSpan, tried: set[bytes]
+    ) -> tuple[Compute | Reuse, Arrival | None] | None:
+        """KV from the own store or from any announced holder that was not tried in vain; encoder output where the KV
+        is remembered to be harmful in this context."""
         if self._heading is not None and not self._heading.done():
             await asyncio.wait({self._heading})
         if (kv := self._node.store.lookup(ObjectKind.KV, span.key, pin=True)) is not None:
+            advice = self._advised(index, kv.variant)
+            if advice is Advice.COMPUTE:
+                self._node.store.unpin(kv)
+                return await self._compute(span, None, remembered=True), None
             try:
-                return self._reuse(span, kv, await self._rows(span)), None
+                return self._reuse(span, kv, await self._rows(span), advice), None
             except BaseException:
                 self._node.store.unpin(kv)
                 raise
@@ -240,7 +259,10 @@ class SpanResolver:
             if holder.worker_id == self._node.worker_id or self._attempt(holder) in tried:
                 continue
             tried.add(self._attempt(holder))
-            if (found := await self._from_holder(span, holder)) is not None:
+            advice = self._advised(index, holder.variant)
+            if advice is Advice.COMPUTE:
+                return await self._compute(span, None, remembered=True), None
+            if (found := await self._from_holder(span, holder, advice)) is not None:
                 return found
         return None
 
@@ -257,7 +279,9 @@ class SpanResolver:
         groups = node.layer_groups(holder, span)
         return Arrival(holder, groups, Incoming(fetch, self._let_go), Incoming(rows, self._let_go))
 
-    async def _from_holder(self, span: MediaSpan, holder: wire.Holder) -> tuple[Reuse, Arrival | None] | None:
+    async def _from_holder(
+        self, span: MediaSpan, holder: wire.Holder, advice: Advice
+    ) -> tuple[Reuse, Arrival | None] | None:
         """KV from elsewhere, as soon as it is on its way. None if the holder does not deliver."""
         if span.key in self._ahead and self._ahead[span.key].holder == holder:
             arrival = self._ahead.pop(span.key)
@@ -287,8 +311,8 @@ class SpanResolver:
                 rows.take()
             if not streamed:
                 kv.take()
-                return self._reuse(span, extent, embedding, holder.worker_id), None
-            source = self._reuse(span, extent, embedding, holder.worker_id)
+                return self._reuse(span, extent, embedding, advice, holder.worker_id), None
+            source = self._reuse(span, extent, embedding, advice, holder.worker_id)
             return replace(source, groups=arrival.groups, rows_arrive=arriving), arrival
         finally:
             if not streamed:
@@ -303,16 +327,19 @@ class SpanResolver:
         rows = span.length if self._plan.canary is not None else int(recomputed[-1]) + 1
         return await self._embedding(span, rows, watch)
 
-    def _reuse(self, span: MediaSpan, kv: Extent, embedding: Extent | None, holder: str = "") -> Reuse:
+    def _reuse(self, span: MediaSpan, kv: Extent, embedding: Extent | None, advice: Advice, holder: str = "") -> Reuse:
         layout = self._node.layout
+        trusted = advice is Advice.TRUST and isinstance(self._plan, Guarded)
+        plan = self._plan.base if isinstance(self._plan, Guarded) and trusted else self._plan
         return Reuse(
             kv,
-            self._plan.depths(span.length, layout.num_layers),
+            plan.depths(span.length, layout.num_layers),
             embedding,
             KVSource.REMOTE if holder else KVSource.LOCAL,
             kv.elements * layout.itemsize * layout.tp_size if holder else 0,
             holder,
-            self._plan.canary,
+            plan.canary,
+            trusted=trusted,
         )
 
     # -- single flight ------------------------------------------------------------------------------------------
@@ -354,10 +381,11 @@ class SpanResolver:
             await self._node.await_key(ObjectKind.KV, key, patience)
         return True
 
-    def _record_extent(self, span: MediaSpan) -> Extent | None:
+    def _record_extent(self, index: int, span: MediaSpan) -> Extent | None:
         """Room to record a claimed span in; None (and the claim is given up) if there is none."""
+        context = signature(self._generation.token_ids, self._generation.spans, index)
         try:
-            return self._node.begin(ObjectKind.KV, span, new_variant())
+            return self._node.begin(ObjectKind.KV, span, variant_in(context))
         except CacheError as error:
             log.warning("no room to record %s: %s", span.key.hex()[:16], error)
             self._give_up(span.key)

@@ -24,7 +24,9 @@ from vlcache_dist.errors import DeadlineExceeded, EngineError, StoreFull, Worker
 from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.production import LocalProduction
 from vlcache_dist.prefill_workers.resolver import SpanResolver
+from vlcache_dist.prefill_workers.shadow import Shadows, Watch
 from vlcache_dist.prefill_workers.speed import PassSpeed
+from vlcache_dist.reuse.guard import Guard
 from vlcache_dist.rpc import Call
 from vlcache_dist.types import ObjectKind, ReuseMode, Role
 
@@ -44,11 +46,12 @@ class _Parked:
 class PrefillWorker:
     """Owns the engine. A parked sequence is freed by ``ReleaseHandoff``, or when its request's time is over."""
 
-    def __init__(self, node: Node, engine: Engine) -> None:
+    def __init__(self, node: Node, engine: Engine, guard: Guard | None = None) -> None:
         self.node = node
         self.engine = engine
         self._bridge = EngineBridge(engine, self._stray, name=f"{node.name}-engine")
         self._production = LocalProduction()
+        self.shadows = Shadows(node, self._bridge, engine, guard or Guard())
         self._resolvers: dict[str, SpanResolver] = {}
         self._parked: dict[str, _Parked] = {}
         self._speed = PassSpeed()
@@ -63,6 +66,7 @@ class PrefillWorker:
         self._bridge.start()
         await self.node.start()
         self.node.spawn(self._expire_parked())
+        self.node.spawn(self.shadows.run())
 
     async def close(self) -> None:
         await self.node.close()
@@ -88,13 +92,15 @@ class PrefillWorker:
             "kv_bytes": self.engine.runner.pages.nbytes,
             "parked": len(self._parked),
             "producing": len(self._production),
+            "guard": self.shadows.status(),
             "pass_s": self._speed.pass_s,
             "token_s": self._speed.token_s,
         }
 
     async def prefill(self, message: wire.Prefill, call: Call) -> AsyncIterator[wire.Prefilled | wire.Tokens]:
         """Handler of ``wire.Prefill``. Leaving it early (cancel, deadline, error) frees everything it held."""
-        generation = message.generation
+        watch = self.shadows.begin(message.generation)
+        generation = watch.generation
         request_id = generation.request_id
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -104,8 +110,9 @@ class PrefillWorker:
             self._production,
             self._bridge.call,
             self.node.encoders,
-            message,
+            msgspec.structs.replace(message, generation=generation),
             time.monotonic() + message.timeout_s,
+            self.shadows.advisor(watch),
         )
         queue = self._bridge.open(request_id)
         self._resolvers[request_id] = resolver
@@ -129,15 +136,16 @@ class PrefillWorker:
                     if done is None:
                         raise EngineError("a token came before its prefill was done")
                     took_s = loop.time() - started
+                    self.shadows.first_token(watch, done, event)
                     handoff = None
                     if event.finish is None and mode is Mode.PREFILL:
                         handoff = await self._park(request_id, deadline)
                     finished = handoff is not None or event.finish is not None
-                    yield self._prefilled(event, done, handoff, took_s)
+                    yield self._prefilled(event, done, handoff, took_s, watch)
                     while not finished:
                         tokens = await next_tokens(queue, deadline)
                         finished = tokens.finish is not None
-                        yield tokens
+                        yield watch.as_asked(tokens)
                     return
         finally:
             await self.node.complete(self._clean_up(generation, resolver, resolving, finished))
@@ -248,16 +256,20 @@ class PrefillWorker:
                 self.node.store.discard(extent)
 
     @staticmethod
-    def _prefilled(token: TokenEvent, done: PrefillDone, handoff: wire.Handoff | None, took_s: float) -> wire.Prefilled:
+    def _prefilled(
+        token: TokenEvent, done: PrefillDone, handoff: wire.Handoff | None, took_s: float, watch: Watch
+    ) -> wire.Prefilled:
         return wire.Prefilled(
             token_id=token.token_id,
-            logprobs=token.logprobs,
+            logprobs=watch.wanted(token.logprobs),
             finish=token.finish,
             reports=done.reports,
             cached_tokens=done.cached_tokens,
             handoff=handoff,
             queue_ms=done.queue_s * 1e3,
             compute_ms=(took_s - done.queue_s) * 1e3,
+            plan=watch.changed_plan,
+            guard=watch.level.name.lower(),
         )
 
     def _settle(self, event: SpanRecorded | RecordDropped, resolver: SpanResolver | None) -> None:

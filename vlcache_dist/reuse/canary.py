@@ -5,7 +5,7 @@ all KV heads). It is compared with a limit in the layers that calibration chose;
 do, and the span with everything behind it is computed in full. See docs/reuse.md for what it was measured to miss.
 
 Spelling, behind a plan's: ``none+canary:1,2,5<0.31,6<0.4``: one leading and two strided probe tokens, limits of
-layers 5 and 6.
+layers 5 and 6. A limit of 0 is always exceeded: reuse is tried, compared and thrown away.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Canary:
         if layers != sorted(set(layers)):
             raise InvalidPlan(f"canary limits of layers {layers}: every layer once, in ascending order")
         for layer, limit in self.limits:
-            if not 0 < limit <= MAX_LIMIT:
-                raise InvalidPlan(f"canary limit {limit} of layer {layer}: must be above 0 and at most {MAX_LIMIT:g}")
+            if not 0 <= limit <= MAX_LIMIT:
+                raise InvalidPlan(f"canary limit {limit} of layer {layer}: must be 0 (always alarms) to {MAX_LIMIT:g}")
 
     @classmethod
     def parse(cls, text: str) -> Canary:
@@ -69,9 +69,10 @@ class Canary:
 
     def excess(self, ratios: np.ndarray) -> float:
         """``ratios`` [layer, probe] of one span -> the largest statistic in units of its limit; above 1 is an alarm.
-        NaN counts as alarm (infinity): KV that is not finite is not to be trusted."""
-        worst = max(float(ratios[layer].max()) / limit for layer, limit in self.limits)
-        return worst if np.isfinite(ratios).all() else float("inf")
+        A limit of 0 and NaN count as alarm (infinity): KV that is not finite is not to be trusted."""
+        if not np.isfinite(ratios).all() or any(limit == 0 for _, limit in self.limits):
+            return float("inf")
+        return max(float(ratios[layer].max()) / limit for layer, limit in self.limits)
 
     def check_layers(self, num_layers: int) -> None:
         """Raise InvalidPlan if a limit is of a layer that the model does not have."""

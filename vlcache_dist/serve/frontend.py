@@ -405,7 +405,8 @@ class Frontend:
             vlcache=provenance(
                 first.reports,
                 reuse=answer.reuse.value,
-                plan=answer.plan if answer.reuse is ReuseMode.APPROX else None,
+                plan=(first.plan or answer.plan) if answer.reuse is ReuseMode.APPROX else None,
+                guard=first.guard,
                 prefill_worker=answer.prefill_worker,
                 decode_worker=answer.decode_worker,
                 placement=answer.why,

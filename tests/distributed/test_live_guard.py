@@ -1,0 +1,89 @@
+"""The guard in a running system: a plan that fails is noticed and switched off; contexts are remembered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pools import Answer, Pools, picture
+
+from vlcache_dist.types import ReuseMode
+
+pytestmark = pytest.mark.asyncio
+WATCHED = "none+canary:0,3,5<0.5"
+
+
+def guard(pools: Pools) -> dict[str, Any]:
+    return pools.prefills[0].shadows.status()
+
+
+async def alone(pools: Pools, seed: int, **options: Any) -> Answer:
+    return await pools.ask(picture(seed), picture(seed).facts[0].question, **options)
+
+
+async def second_of_two(pools: Pools, first: int, second: int, **options: Any) -> Answer:
+    question = picture(second).facts[0].question
+    asked = f"In picture 2, {question[0].lower()}{question[1:]}"
+    return await pools.ask("Picture 1: ", picture(first), "\nPicture 2: ", picture(second), asked, **options)
+
+
+async def test_an_injected_bad_plan_is_switched_off_and_only_where_it_fails() -> None:
+    """Reuse without any recomputation, pictures recorded in the opposite order: nearly all answers are wrong. The same
+    plan is right for single pictures."""
+    seeds = [(20, 21), (22, 23), (24, 25), (26, 27), (28, 29), (30, 31), (32, 33), (34, 35)]
+    async with Pools(prefills=1, guard_budget=0.02, guard_sampling=1.0) as pools:
+        for a, b in seeds:
+            await second_of_two(pools, b, a, reuse=ReuseMode.EXACT, max_tokens=1)
+        wrong = 0
+        for a, b in seeds:
+            answer = await second_of_two(pools, a, b, plan="none", max_tokens=4)
+            wrong += answer.text != picture(b).facts[0].answer
+            await pools.until(lambda: not guard(pools)["pending"])
+            await pools.drained()
+        books = guard(pools)["formats"]["2 pictures"]
+        assert wrong > 0 and books["missed_alarms"] >= 2
+        assert books["level"] == "off", books
+        assert books["trips"] == 1 and books["kl"] > 1
+
+        last = await second_of_two(pools, *seeds[0], plan="none", max_tokens=4)
+        assert last.text == picture(seeds[0][1]).facts[0].answer
+        assert last.done.vlcache["guard"] == "off"
+        assert guard(pools)["shadows"]["in_line"] >= 1, "at off, reuse is tried in line and compared"
+
+        one = await pools.ask("The river.\n", picture(20), picture(20).facts[0].question, plan="none")
+        assert one.done.vlcache["guard"] == "normal" and one.sources == ["local"]
+        await pools.drained()
+
+
+async def test_shadows_share_nothing_and_leave_nothing() -> None:
+    """Answers, logprobs and what stores and caches hold are the same with and without shadows."""
+    seen = []
+    for sampling in (0.0, 1.0):
+        async with Pools(prefills=1, guard_budget=0.02, guard_sampling=sampling) as pools:
+            answers = [await alone(pools, seed, logprobs=n) for seed, n in ((40, None), (41, 2))]
+            answers += [
+                await pools.ask("A stone.\n", picture(40), picture(40).facts[1].question, logprobs=n) for n in (None, 2)
+            ]
+            await pools.until(lambda pools=pools: not guard(pools)["pending"])
+            await pools.drained()
+            assert guard(pools)["shadows"]["runs"] == (1 if sampling else 0) + (1 if sampling else 0)
+            objects = pools.prefills[0].node.store.stats().num_objects
+            seen.append(([a.text for a in answers], [a.done.cached_tokens for a in answers], objects))
+    assert seen[0] == seen[1]
+
+
+async def test_a_harmful_pattern_is_remembered() -> None:
+    """After two alarms in a context, the third picture in it is computed at once: no warm pass, and it is said why."""
+    async with Pools(prefills=1) as pools:
+        whys = []
+        for first, second in ((50, 51), (52, 53), (54, 55)):
+            await alone(pools, first)
+            await alone(pools, second)
+            answer = await second_of_two(pools, first, second, plan=WATCHED)
+            assert answer.text == picture(second).facts[0].answer
+            whys.append([image["why"] for image in answer.images])
+        assert whys[0][1] in ("canary", "earlier span") and whys[1][1] in ("canary", "earlier span")
+        assert whys[2][1] == "remembered"
+        other = await second_of_two(pools, 54, 55, plan=WATCHED, tenant="somebody else")
+        assert "remembered" not in [image["why"] for image in other.images]
+        await pools.drained()

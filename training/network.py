@@ -1,0 +1,166 @@
+"""Qwen2.5-VL's forward pass as training wants it: functional, batched, differentiable, on the parameters of
+transformers' model. What it computes equals transformers' model (a test compares them)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from training.batches import PAD, Batch, sprite_names
+from vlcache_dist.demo.pictures import CELL, NOISE, mask
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+Weights = dict[str, torch.Tensor]
+
+
+def atlas() -> torch.Tensor:
+    """Every sprite's ink, uint8 [sprites, 72, 72]."""
+    out = np.zeros((len(sprite_names()), 2 * CELL + 2 * PAD, 2 * CELL + 2 * PAD), np.uint8)
+    for number, name in enumerate(sprite_names()):
+        if name:
+            ink = mask(name)
+            out[number, PAD : PAD + len(ink), PAD : PAD + len(ink)] = ink
+    return torch.from_numpy(out)
+
+
+def paint(cells: torch.Tensor, sprites: torch.Tensor, noise: bool = True) -> torch.Tensor:
+    """Cells int16 [N, 9] -> normalized patches fp32 [N * 4, 588], one temporal copy, in the processor's order."""
+    c = cells.long()
+    line = torch.arange(CELL, device=c.device)
+    rows, columns = c[:, 1, None, None] + line[None, :, None], c[:, 2, None, None] + line[None, None, :]
+    ink = sprites[c[:, 0, None, None], rows, columns].float()[:, None] / 255
+    front, back = c[:, 3:6, None, None].float(), c[:, 6:9, None, None].float()
+    image = back + ink * (front - back)
+    if noise:
+        image = image + NOISE * torch.randn_like(image)
+    image = image.clamp(0, 255).round() / 255
+    mean, std = (torch.tensor(x, device=c.device)[None, :, None, None] for x in (MEAN, STD))
+    patches = ((image - mean) / std).view(len(c), 3, 2, 14, 2, 14)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(len(c) * 4, 588)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, 1e-6)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+
+@lru_cache(maxsize=256)
+def _windows(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For a grid of merged tokens cut into windows of 4 x 4: ``order`` int64 [W * 16], the token at each place (places
+    outside the picture repeat token 0); ``inside`` bool [W * 16]; ``back`` int64 [rows * columns]: each
+    token's place."""
+    height, width = -(-rows // 4), -(-columns // 4)
+    grid = np.full((height * 4, width * 4), -1)
+    grid[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
+    order = grid.reshape(height, 4, width, 4).transpose(0, 2, 1, 3).reshape(-1)
+    back = np.argsort(np.where(order < 0, rows * columns, order), kind="stable")[: rows * columns]
+    tensors = torch.from_numpy(order.clip(0)), torch.from_numpy(order >= 0), torch.from_numpy(back)
+    return tuple(t.to(device) for t in tensors)  # type: ignore[return-value]
+
+
+def see(config: Any, w: Weights, patches: torch.Tensor, rows: int, columns: int, images: int) -> torch.Tensor:
+    """The vision tower over ``images`` pictures of one size: patches [images * rows * columns * 4, 588] ->
+    [images, rows * columns, out_hidden]."""
+    heads, width = config.num_heads, config.hidden_size
+    order, inside, back = _windows(rows, columns, patches.device)
+    weight = w["patch_embed.proj.weight"].float().sum(2).reshape(width, -1)  # both temporal copies are the same
+    x = F.linear(patches, weight).to(w["patch_embed.proj.weight"].dtype).view(images, rows * columns, 4, width)
+    x = x[:, order].reshape(images, -1, width)
+    cos, sin = _vision_angles(rows, columns, width // heads, order)
+    whole = bool(inside.all())
+    keys = inside.repeat_interleave(4)
+    for n in range(config.depth):
+        p = f"blocks.{n}."
+        groups = 1 if n in config.fullatt_block_indexes else len(order) // 16
+        h = rms_norm(x, w[p + "norm1.weight"])
+        q, k, v = (
+            F.linear(h, w[p + "attn.qkv.weight"], w[p + "attn.qkv.bias"])
+            .view(images, -1, 3, heads, width // heads)
+            .unbind(2)
+        )
+        q, k = rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype)
+        q, k, v = (t.reshape(images * groups, -1, heads, width // heads).transpose(1, 2) for t in (q, k, v))
+        seen = None if whole else keys.view(groups, 1, 1, -1).repeat(images, 1, 1, 1)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        a = a.transpose(1, 2).reshape(images, -1, width)
+        x = x + F.linear(a, w[p + "attn.proj.weight"], w[p + "attn.proj.bias"])
+        h = rms_norm(x, w[p + "norm2.weight"])
+        gate = F.linear(h, w[p + "mlp.gate_proj.weight"], w[p + "mlp.gate_proj.bias"])
+        up = F.linear(h, w[p + "mlp.up_proj.weight"], w[p + "mlp.up_proj.bias"])
+        x = x + F.linear(F.silu(gate) * up, w[p + "mlp.down_proj.weight"], w[p + "mlp.down_proj.bias"])
+    x = rms_norm(x, w["merger.ln_q.weight"]).reshape(images, -1, 4 * width)[:, back]
+    x = F.gelu(F.linear(x, w["merger.mlp.0.weight"], w["merger.mlp.0.bias"]))
+    return F.linear(x, w["merger.mlp.2.weight"], w["merger.mlp.2.bias"])
+
+
+def _vision_angles(
+    rows: int, columns: int, dim: int, order: torch.Tensor, theta: float = 10000.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin fp32 [1, patches, 1, dim] of the patches in window order: half of the angles by row, half by column."""
+    device = order.device
+    two = torch.arange(2, device=device)
+    y = (2 * torch.arange(rows, device=device)[:, None, None, None] + two[:, None]).expand(rows, columns, 2, 2)
+    x = (2 * torch.arange(columns, device=device)[:, None, None] + two).expand(rows, columns, 2, 2)
+    frequency = theta ** -(torch.arange(0, dim // 2, 2, device=device, dtype=torch.float32) / (dim // 2))
+    angles = torch.stack((y, x), -1).reshape(-1, 4, 2)[order].reshape(-1, 2, 1) * frequency
+    angles = angles.flatten(1).repeat(1, 2)[None, :, None]
+    return angles.cos(), angles.sin()
+
+
+def read(config: Any, w: Weights, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The language model: embeddings [B, L, C], positions int64 [3, B, L] -> normalized hidden states [B, L, C]."""
+    batch, length, _ = x.shape
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    dim = config.hidden_size // heads
+    cos, sin = _angles(config, dim, positions)
+    for n in range(config.num_hidden_layers):
+        p = f"layers.{n}."
+        h = rms_norm(x, w[p + "input_layernorm.weight"])
+        q, k, v = (
+            F.linear(h, w[p + f"self_attn.{name}_proj.weight"], w[p + f"self_attn.{name}_proj.bias"])
+            .view(batch, length, -1, dim)
+            .transpose(1, 2)
+            for name in "qkv"
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, -1)
+        x = x + F.linear(a, w[p + "self_attn.o_proj.weight"])
+        h = rms_norm(x, w[p + "post_attention_layernorm.weight"])
+        inner = F.silu(F.linear(h, w[p + "mlp.gate_proj.weight"])) * F.linear(h, w[p + "mlp.up_proj.weight"])
+        x = x + F.linear(inner, w[p + "mlp.down_proj.weight"])
+    return rms_norm(x, w["norm.weight"])
+
+
+def _angles(config: Any, dim: int, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin fp32 [B, 1, L, dim]; frequency i belongs to the axis of its M-RoPE section."""
+    rope = config.rope_parameters
+    frequency = rope["rope_theta"] ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    axis = torch.arange(3).repeat_interleave(torch.tensor(rope["mrope_section"])).to(positions.device)
+    angles = positions.float()[axis].permute(1, 2, 0) * frequency
+    angles = torch.cat((angles, angles), -1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def forward(
+    config: Any, vision: Weights, language: Weights, batch: Batch, sprites: torch.Tensor, *, noise: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits fp32 [T, vocab] of the rows to learn, and the pictures' tokens [V, C], slot by slot."""
+    seen = []
+    for cells, grid in zip(batch.cells, batch.grids, strict=True):
+        patches = paint(cells.flatten(0, 1), sprites, noise)
+        seen.append(see(config.vision_config, vision, patches, *grid, len(cells)).flatten(0, 1))
+    tokens = torch.cat(seen)
+    embedding = language["embed_tokens.weight"]
+    x = F.embedding(batch.ids, embedding)
+    x = x.flatten(0, 1).index_copy(0, batch.vision, tokens.to(x.dtype)).view(x.shape)
+    hidden = read(config.text_config, language, x, batch.positions).flatten(0, 1)[batch.learn]
+    return F.linear(hidden, embedding).float(), tokens

@@ -1,0 +1,239 @@
+"""Train the bundled model from nothing: ``python -m training.train --out FOLDER --minutes 11``.
+
+Everything is drawn on the fly: scenes by worker processes, pixels on the device. The time limit is the schedule
+(warm-up, constant rate, decay over the last 40 %; harder data as time passes), so half the speed gives a worse
+model, not a longer run. ``FOLDER/state.pt`` is written every two minutes and taken up by the same command;
+``FOLDER/best`` is the checkpoint with the best validation so far, and only that is exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from training.batches import AUX_CLASSES, SIZES, Batch, Encoder, stream, validation
+from training.export import TEMPLATE, export, fresh_model
+from training.network import Weights, atlas, forward
+from training.tasks import Grid
+
+SAVE_S = 120.0
+WARM_UP, DECAY_FROM = 300, 0.6
+AUX_WEIGHT = 0.5
+
+
+@dataclass(slots=True)
+class Schedule:
+    """``progress`` in [0, 1] of the time, over all runs of this folder."""
+
+    seconds: float
+    rate: float
+    before: float = 0.0
+    started: float = 0.0
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, (self.before + time.monotonic() - self.started) / self.seconds)
+
+    def learning_rate(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / WARM_UP)
+        return self.rate * warm * min(1.0, max(0.005, (1 - self.progress) / (1 - DECAY_FROM)))
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    def __init__(self, tokenizer: Path, tokens: int, hardness: Any, seed: int) -> None:
+        self._arguments = tokenizer, tokens, hardness, seed
+
+    def __iter__(self) -> Any:
+        torch.set_num_threads(1)
+        tokenizer, tokens, hardness, seed = self._arguments
+        info = torch.utils.data.get_worker_info()
+        return stream(Encoder(tokenizer), seed * 1000 + (info.id if info else 0), tokens, hardness)
+
+
+class Trainer:
+    def __init__(self, out: Path, *, seconds: float, rate: float, tokens: int, workers: int, seed: int, device: str):
+        torch.manual_seed(seed)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        self.out, self.device = out, torch.device(device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.tokenizer = TEMPLATE / "tokenizer.json"
+        self.model = fresh_model(Encoder(self.tokenizer)).to(self.device)
+        self.aux = nn.Linear(self.model.config.text_config.hidden_size, sum(AUX_CLASSES)).to(self.device)
+        self.named = {n: p for n, p in self.model.named_parameters() if n != "lm_head.weight"}
+        matrices = [p for p in self.named.values() if p.ndim >= 2]
+        vectors = [p for p in self.named.values() if p.ndim < 2]
+        groups = [
+            {"params": [*matrices, self.aux.weight], "weight_decay": 0.05},
+            {"params": [*vectors, self.aux.bias], "weight_decay": 0.0},
+        ]
+        self.parameters = [*matrices, *vectors, *self.aux.parameters()]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.97), fused=self.device.type == "cuda")
+        self.schedule = Schedule(seconds, rate)
+        self.sprites = atlas().to(self.device)
+        self.hardness = multiprocessing.get_context("spawn").Value("d", 0.0)
+        self.tokens, self.workers, self.seed = tokens, workers, seed
+        self.step, self.seen_tokens, self.best = 0, 0, -1.0
+        self.history: list[dict[str, Any]] = []
+        self.sizes: Sequence[Grid] = SIZES
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Written beside and moved: a run that is stopped here leaves the old state."""
+        state = {
+            "model": self.model.state_dict(),
+            "aux": self.aux.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "tokens": self.seen_tokens,
+            "seconds": self.schedule.progress * self.schedule.seconds,
+            "best": self.best,
+            "history": self.history,
+        }
+        torch.save(state, self.out / "state.new")
+        os.replace(self.out / "state.new", self.out / "state.pt")
+
+    def resume(self) -> bool:
+        path = self.out / "state.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.aux.load_state_dict(state["aux"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seen_tokens, self.best = state["step"], state["tokens"], state["best"]
+        self.schedule.before, self.history = state["seconds"], state["history"]
+        return True
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def weights(self) -> tuple[Weights, Weights]:
+        """Vision tower's and language model's parameters in the compute dtype."""
+        cast = {name: p.to(self.dtype) for name, p in self.named.items()}
+        parts = []
+        for prefix in ("model.visual.", "model.language_model."):
+            parts.append({n.removeprefix(prefix): p for n, p in cast.items() if n.startswith(prefix)})
+        return parts[0], parts[1]
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the answers, with the auxiliary reader's (what is in each cell) while the eyes are young; and the share of
+        answer tokens that are right."""
+        vision, language = self.weights()
+        logits, tokens = forward(self.model.config, vision, language, batch, self.sprites)
+        loss = F.cross_entropy(logits, batch.target)
+        weight = AUX_WEIGHT * max(0.1, 1 - 2 * self.schedule.progress)
+        read = self.aux(tokens.float()).split(AUX_CLASSES, -1)
+        truth = torch.cat([aux.flatten(0, 1) for aux in batch.aux]).long()
+        for part, column in zip(read, truth.unbind(1), strict=True):
+            loss = loss + weight * F.cross_entropy(part, column)
+        return loss, (logits.argmax(-1) == batch.target).float().mean().detach()
+
+    def run(self, max_steps: int, validate: int, say: Any = print) -> None:
+        """Until the time is over (or after ``max_steps`` more steps). ``validate``: questions per family and size."""
+        data = _Stream(self.tokenizer, self.tokens, self.hardness, self.seed + self.step)
+        more = {"prefetch_factor": 4, "multiprocessing_context": "spawn"} if self.workers else {}
+        batches = iter(
+            torch.utils.data.DataLoader(
+                data, batch_size=None, num_workers=self.workers, pin_memory=self.device.type == "cuda", **more
+            )
+        )
+        first = next(batches)  # workers take seconds to start: the clock does not run yet
+        self.schedule.started = saved = time.monotonic()
+        last = self.step + max_steps
+        right: list[torch.Tensor] = []
+        while self.schedule.progress < 1 and self.step < last:
+            self.hardness.value = min(1.0, 2.5 * self.schedule.progress)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.schedule.learning_rate(self.step)
+            batch, first = (first if first is not None else next(batches)), None
+            batch = batch.to(self.device)
+            loss, hit = self.loss(batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            self.seen_tokens += batch.ids.numel()
+            right.append(hit)
+            if self.step % 200 == 0 or self.step in (1, 10, 50):
+                took = time.monotonic() - self.schedule.started
+                share = torch.stack(right).mean().item()
+                say(f"step {self.step}, {self.schedule.progress:.1%}, loss {loss.item():.3f}, right {share:.3f}, "
+                    f"{self.seen_tokens / 1e6:.1f} M tokens, {took:.0f} s")  # fmt: skip
+                right.clear()
+            if time.monotonic() - saved > SAVE_S:
+                self.validate(validate, say)
+                self.save()
+                saved = time.monotonic()
+        self.validate(validate, say)
+        self.save()
+
+    # -- validation ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validate(self, per_family: int, say: Any = print) -> dict[str, float]:
+        """Exact match of whole answers on the held-in validation split, per family; the best checkpoint is kept."""
+        vision, language = self.weights()
+        found: dict[str, list[bool]] = defaultdict(list)
+        for batch in validation(Encoder(self.tokenizer), per_family, self.sizes):
+            batch = batch.to(self.device)
+            logits, _ = forward(self.model.config, vision, language, batch, self.sprites)
+            wrong = (logits.argmax(-1) != batch.target).long()
+            count = torch.zeros(len(batch.families), dtype=torch.long, device=self.device)
+            count.index_add_(0, batch.answer, wrong)
+            pictures = len(batch.grids)
+            for (family, kind), errors in zip(batch.families, count.tolist(), strict=True):
+                found[f"{family}/{pictures}/{kind}"].append(errors == 0)
+        shares = {name: sum(hits) / len(hits) for name, hits in sorted(found.items())}
+        mean = sum(shares.values()) / len(shares)
+        self.history.append({"step": self.step, "progress": self.schedule.progress, "mean": mean, "families": shares})
+        worst = ", ".join(f"{n} {v:.2f}" for n, v in sorted(shares.items(), key=lambda item: item[1])[:8])
+        say(f"validation: mean {mean:.4f}; lowest: {worst}")
+        if mean > self.best:
+            self.best = mean
+            export(self.model, self.out / "best")
+        (self.out / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
+        return shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="state, history and the best checkpoint")
+    parser.add_argument("--minutes", type=float, default=11.0, help="of training, earlier runs included")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate")
+    parser.add_argument("--tokens", type=int, default=32768, help="per step")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that draw scenes")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10**9, help="stop after so many")
+    parser.add_argument("--validate", type=int, default=24, help="questions per family and size")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(
+        a.out,
+        seconds=60 * a.minutes,
+        rate=a.rate,
+        tokens=a.tokens,
+        workers=a.workers,
+        seed=a.seed,
+        device=a.device,
+    )
+    count = sum(p.numel() for p in trainer.named.values())
+    print(f"{count / 1e6:.2f} M parameters{', resumed' if trainer.resume() else ''}", flush=True)
+    trainer.run(a.steps, a.validate, say=lambda text: print(text, flush=True))
+
+
+if __name__ == "__main__":
+    main()
