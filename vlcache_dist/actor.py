@@ -23,6 +23,10 @@ from vlcache_dist.config import Settings
 from vlcache_dist.errors import VLCacheError
 from vlcache_dist.metrics import HEALTHY, Metric, WorkerSamples, buckets
 from vlcache_dist.node import Node
+from vlcache_dist.parallel.actor import Actors
+from vlcache_dist.parallel.group import Launcher
+from vlcache_dist.parallel.processes import Processes
+from vlcache_dist.types import Role
 
 log = logging.getLogger(__name__)
 PUBLISH_S = 1.0
@@ -49,7 +53,8 @@ class WorkerReplica:
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
         parsed = Settings.of(**settings)
-        site = Site(f"{self.role}-{_rank()}", ray.util.get_node_ip_address(), directory_of(parsed))
+        host = ray.util.get_node_ip_address()
+        site = Site(f"{self.role}-{_rank()}", host, directory_of(parsed), _shards(parsed, self.role, host))
         limit_cpu_threads()
         self._worker = await asyncio.to_thread(type(self).build, parsed, site)
         await self._worker.start()
@@ -120,6 +125,17 @@ def limit_cpu_threads() -> None:
 
     if "OMP_NUM_THREADS" not in os.environ or not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("VLCACHE_CPU_THREADS", "1")))
+
+
+def tensor_parallel(settings: Settings, role: str) -> int:
+    """Ranks of a pool's workers. Encoders have one: pictures are encoded side by side, not shared out."""
+    return 1 if role == Role.ENCODER else settings.engine.tensor_parallel
+
+
+def _shards(settings: Settings, role: str, host: str) -> Launcher:
+    if tensor_parallel(settings, role) == 1:
+        return Processes()
+    return Actors(host, settings.serve.gpus_per_worker)
 
 
 def _rank() -> int:

@@ -6,22 +6,26 @@ call it off the event loop.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from vlcache_dist.cache_directory.client import Addresses
 from vlcache_dist.config import Settings
-from vlcache_dist.engine.build import Placement, build_engine, build_store, kv_layout
+from vlcache_dist.engine.build import Placement, build_engine, build_store, kv_layout, store_bytes
 from vlcache_dist.engine.engine import Engine
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.hashing import ModelIdentity
 from vlcache_dist.kv.arena import free_bytes
 from vlcache_dist.kv.layout import KVLayout
+from vlcache_dist.model.parallel import Shard
 from vlcache_dist.model.weights import Checkpoint
 from vlcache_dist.node import Node
+from vlcache_dist.parallel.build import build_sharded_engine, open_arenas
+from vlcache_dist.parallel.group import Launcher, ShardGroup
+from vlcache_dist.parallel.processes import Processes
+from vlcache_dist.parallel.transport import ShardedTransport
 from vlcache_dist.transfer.base import Transport
 from vlcache_dist.transfer.fetch import FetchLimits
 from vlcache_dist.types import Role, WorkerId
@@ -31,11 +35,13 @@ TransportFactory = Callable[[WorkerId, torch.Tensor, KVLayout], Transport]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a process runs: its name in the pool, the address that others reach it at, how it finds the directory."""
+    """Where a process runs: its name in the pool, the address that others reach it at, how it finds the directory, and
+    how the other ranks of a tensor-parallel worker are started."""
 
     name: str
     host: str
     directory: Addresses
+    shards: Launcher = field(default_factory=Processes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +55,14 @@ class Model:
 
     @classmethod
     def open(cls, settings: Settings) -> Model:
-        """Raises CheckpointError, UnsupportedModel."""
+        """Raises CheckpointError, UnsupportedModel; ConfigError for a tensor-parallel size that does not fit it."""
         own = settings.model
         checkpoint = Checkpoint.open(own.model, own.revision)
         placement = Placement.of(own)
         return cls(
             checkpoint,
             placement,
-            kv_layout(checkpoint.config, checkpoint.fingerprint, placement.dtype),
+            kv_layout(checkpoint.config, checkpoint.fingerprint, placement.dtype, settings.engine.tensor_parallel),
             ModelIdentity(own.model, own.revision or "", checkpoint.fingerprint, placement.dtype),
         )
 
@@ -73,6 +79,7 @@ def make_node(settings: Settings, site: Site, role: Role, model: Model, transpor
     model and the store do not fit the device."""
     _require_memory(settings, role, model)
     arena, store = build_store(model.layout, settings.engine, model.placement.device)
+    shown = model.layout.without_kv() if role is Role.ENCODER else model.layout
     return Node(
         name=site.name,
         role=role,
@@ -80,7 +87,7 @@ def make_node(settings: Settings, site: Site, role: Role, model: Model, transpor
         directory=site.directory,
         arena=arena,
         store=store,
-        make_transport=lambda worker_id: transport(worker_id, arena.tensor, model.layout),
+        make_transport=lambda worker_id: transport(worker_id, arena.tensor, shown),
         limits=FetchLimits(lease_s=settings.serve.lease_s, transfer_s=settings.serve.transfer_timeout_s),
     )
 
@@ -88,17 +95,50 @@ def make_node(settings: Settings, site: Site, role: Role, model: Model, transpor
 def _require_memory(settings: Settings, role: Role, model: Model) -> None:
     """Before anything is allocated: an allocator says less, and a machine's memory may be overcommitted."""
     vision = role is Role.ENCODER
-    tensors = [t for name, t in model.checkpoint.tensors.items() if ("visual." in name) == vision]
-    weights = sum(math.prod(tensor.shape) for tensor in tensors) * model.layout.itemsize
-    store = settings.engine.store_bytes
+    shard = Shard(0, 1 if vision else settings.engine.tensor_parallel)
+    tensors = [(name, t) for name, t in model.checkpoint.tensors.items() if ("visual." in name) == vision]
+    weights = sum(shard.elements(name, tensor.shape) for name, tensor in tensors) * model.layout.itemsize
     device = model.placement.device
+    store = store_bytes(settings.engine, device)
     free = free_bytes(device)
     if weights + store > free:
         raise ConfigError(
             f"{settings.model.model} does not fit: its {'vision encoder' if vision else 'language model'} takes "
-            f"{weights / 2**30:.2f} GiB and engine.store_bytes {store / 2**30:.2f} GiB, but {device} has "
+            f"{weights / 2**30:.2f} GiB and the store (engine.store_bytes) {store / 2**30:.2f} GiB, but {device} has "
             f"{free / 2**30:.2f} GiB free; take a smaller model, a smaller store, or fewer workers per device"
         )
+
+
+def make_language_worker(
+    settings: Settings, site: Site, role: Role, transport: TransportFactory
+) -> tuple[Node, Engine]:
+    """Node and engine of a prefill or decode worker, and the other ranks' processes if it is tensor-parallel: they end
+    with the engine's runner, or here if anything fails."""
+    model = Model.open(settings)
+    size = settings.engine.tensor_parallel
+    if size == 1:
+        node = make_node(settings, site, role, model, transport)
+        return node, make_engine(settings, model, node)
+    group = ShardGroup(site.shards, size)
+
+    def sharded(worker_id: WorkerId, arena: torch.Tensor, layout: KVLayout) -> Transport:
+        peers = open_arenas(group, arena, layout, worker_id)
+        return ShardedTransport(transport(worker_id, arena, layout), group, peers)
+
+    try:
+        node = make_node(settings, site, role, model, sharded)
+        engine = build_sharded_engine(
+            group,
+            model.checkpoint,
+            settings.engine,
+            node.arena,
+            node.store,
+            max_model_len=settings.model.max_model_len,
+        )
+    except BaseException:
+        group.close()
+        raise
+    return node, engine
 
 
 def make_engine(settings: Settings, model: Model, node: Node) -> Engine:

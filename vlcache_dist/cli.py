@@ -45,7 +45,12 @@ def serve(
     address: Annotated[str | None, typer.Option(help="join this Ray cluster instead of starting one")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
-    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs that Ray reserves for each worker")] = 0.0,
+    gpus_per_worker: Annotated[
+        float, typer.Option(min=0, help="GPUs that Ray reserves for each worker, or each rank of it")
+    ] = 0.0,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="GPUs that share one language model, in prefill and decode workers")
+    ] = 1,
     reuse: Annotated[str, typer.Option(help="default of requests: approx, exact or off")] = "approx",
     plan: Annotated[
         str, typer.Option(help="default recompute plan: none, uniform:5, pyramid:..., file:plan.json")
@@ -64,7 +69,7 @@ def serve(
     settings = _settings(
         config,
         model={"model": model, "device": device, "dtype": dtype},
-        engine={"reuse": reuse, "plan": plan},
+        engine={"reuse": reuse, "plan": plan, "tensor_parallel": tensor_parallel},
         serve={
             "host": host,
             "port": port,
@@ -108,7 +113,7 @@ def demo(
 @bench_app.command("ttft")
 def bench_ttft(
     json_file: Annotated[Path, typer.Option("--json", help="where the report goes")],
-    shape: Annotated[str, typer.Option(help="tiny, 3b, 7b or 32b; weights are random")] = "7b",
+    shape: Annotated[str, typer.Option(help="tiny, 3b, 7b, 32b or 72b; weights are random")] = "7b",
     vision_tokens: Annotated[str, typer.Option(help="image sizes, comma-separated")] = "1024,4096,16384",
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     plan: Annotated[str, typer.Option(help="recompute plan of warm requests")] = "uniform:2,min=16",

@@ -57,9 +57,29 @@ class EngineSettings(_Section):
         default=None, ge=1, description="paged KV; None: `kv_fraction` of device memory, or 256 MiB on CPU"
     )
     kv_fraction: float = Field(
-        default=0.5, gt=0, lt=1, description="share of free device memory for paged KV if `kv_bytes` is None"
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="share of the memory that weights and arena leave free for paged KV if `kv_bytes` is None",
     )
-    store_bytes: int = Field(default=256 << 20, ge=1, description="arena for image KV, encoder output and staging")
+    store_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="arena for image KV, encoder output and staging; None: `store_fraction` of device memory, "
+        "or 256 MiB on CPU",
+    )
+    store_fraction: float = Field(
+        default=0.3,
+        gt=0,
+        lt=1,
+        description="share of free device memory, before weights are loaded, for the arena if `store_bytes` is None",
+    )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="ranks (GPUs) that share one language model; it must divide the model's KV heads. The bytes above "
+        "count per rank",
+    )
     reuse: ReuseMode = Field(default=ReuseMode.APPROX, description="default of requests that do not say")
     plan: str = Field(
         default="uniform:5", description="default recompute plan: none, uniform:5, pyramid:..., file:plan.json"
@@ -108,7 +128,9 @@ class ServeSettings(_Section):
     prefills: int = Field(default=2, ge=1)
     decodes: int = Field(default=1, ge=0, description="0: the prefill workers decode as well (colocated)")
     ingresses: int = Field(default=1, ge=1, description="HTTP replicas")
-    gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each worker")
+    gpus_per_worker: float = Field(
+        default=0.0, ge=0, description="GPUs that Ray reserves for each worker, or each rank of it"
+    )
     pool_resources: bool = Field(
         default=False,
         description="each worker asks Ray for one of its pool's own resource (encoder_pool, prefill_pool, "
@@ -153,6 +175,12 @@ class Settings(_Section):
     engine: EngineSettings = EngineSettings()
     media: MediaSettings = MediaSettings()
     serve: ServeSettings = ServeSettings()
+
+    @model_validator(mode="after")
+    def _ranks(self) -> Self:
+        if self.engine.tensor_parallel > 1 and 0 < self.serve.gpus_per_worker < 1:
+            raise ValueError("serve.gpus_per_worker must be 1 with engine.tensor_parallel: ranks cannot share a GPU")
+        return self
 
     @classmethod
     def read(cls, path: str | Path | None = None, **overrides: Any) -> Settings:

@@ -29,13 +29,17 @@ from vlcache_dist.engine.api import (
     TokenEvent,
 )
 from vlcache_dist.engine.build import Placement, build_engine, build_store, kv_layout
-from vlcache_dist.engine.engine import new_variant
+from vlcache_dist.engine.engine import Engine, new_variant
 from vlcache_dist.errors import BadRequest, EngineError, StoreFull
 from vlcache_dist.hashing import ModelIdentity, tenant_salt
-from vlcache_dist.kv.object_store import Extent
+from vlcache_dist.kv.arena import Arena
+from vlcache_dist.kv.object_store import Extent, ObjectStore
 from vlcache_dist.media import MediaItem, MediaProcessor
 from vlcache_dist.media_fetch import load_blocking
 from vlcache_dist.model.weights import Checkpoint
+from vlcache_dist.parallel.build import build_sharded_engine, open_arenas
+from vlcache_dist.parallel.group import ShardGroup
+from vlcache_dist.parallel.processes import Processes
 from vlcache_dist.prompt import Detokenizer, PromptBuilder, TokenText, parse_messages
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.reuse.plan_file import resolve_plan
@@ -90,7 +94,8 @@ class _Request:
 
 
 class LLM:
-    """A model with its vision tower, image store and engine, all in the calling thread.
+    """A model with its vision tower, image store and engine, all in the calling thread; with ``engine.tensor_parallel``
+    above 1 the language model's other ranks are processes of their own, on the GPUs behind ``device``'s.
 
     ``model``: ``tiny`` (bundled), a checkpoint folder, or a hub name. Raises ConfigError, CheckpointError and
     UnsupportedModel.
@@ -114,13 +119,17 @@ class LLM:
         placement = Placement.of(settings)
         checkpoint = Checkpoint.open(settings.model, settings.revision)
         self.config = checkpoint.config
-        self.layout = kv_layout(self.config, checkpoint.fingerprint, placement.dtype)
+        size = engine.tensor_parallel
+        self.layout = kv_layout(self.config, checkpoint.fingerprint, placement.dtype, size)
         self._tower = checkpoint.load_vision_tower(placement.device, placement.torch_dtype)
         self.arena, self.store = build_store(self.layout, engine, placement.device)
-        language = checkpoint.load_language_model(placement.device, placement.torch_dtype)
-        self.engine = build_engine(
-            language, self.config, engine, self.arena, self.store, max_model_len=settings.max_model_len
-        )
+        if size == 1:
+            language = checkpoint.load_language_model(placement.device, placement.torch_dtype)
+            self.engine = build_engine(
+                language, self.config, engine, self.arena, self.store, max_model_len=settings.max_model_len
+            )
+        else:
+            self.engine = _sharded_engine(checkpoint, settings, engine, self.arena, self.store)
         self._media_settings = media or MediaSettings()
         self._processor = MediaProcessor.from_folder(checkpoint.folder, self._media_settings)
         self._prompts = PromptBuilder.from_folder(
@@ -132,6 +141,17 @@ class LLM:
         self._identity = ModelIdentity(settings.model, settings.revision or "", checkpoint.fingerprint, placement.dtype)
         self._salt = tenant_salt("", b"")
         self._ids = itertools.count()
+
+    def close(self) -> None:
+        """End the other ranks' processes, if there are any (``engine.tensor_parallel``); they also end with this
+        process. Idempotent; nothing can be asked afterwards then."""
+        self.engine.runner.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        self.close()
 
     @overload
     def chat(
@@ -235,6 +255,18 @@ class LLM:
             extent = self.store.stage(elements, now)
         self.engine.runner.store_embeddings(rows, extent)
         return self.store.commit(extent, pin=True)
+
+
+def _sharded_engine(
+    checkpoint: Checkpoint, model: ModelSettings, settings: EngineSettings, arena: Arena, store: ObjectStore
+) -> Engine:
+    group = ShardGroup(Processes(), settings.tensor_parallel)
+    try:
+        open_arenas(group, arena.tensor, arena.layout)
+        return build_sharded_engine(group, checkpoint, settings, arena, store, max_model_len=model.max_model_len)
+    except BaseException:
+        group.close()
+        raise
 
 
 class _Batch:

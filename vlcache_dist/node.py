@@ -23,7 +23,7 @@ from vlcache_dist import wire
 from vlcache_dist.cache_directory.client import Addresses, DirectoryClient
 from vlcache_dist.cache_directory.hashing import ranked
 from vlcache_dist.errors import LayoutMismatch, ObjectGone, Overloaded, TransferFailed, VLCacheError, WorkerLost
-from vlcache_dist.kv.arena import Arena
+from vlcache_dist.kv.arena import Arena, free_bytes
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.kv.object_store import Extent, ObjectStore
 from vlcache_dist.rpc import Call, Handler, RpcClient, RpcServer
@@ -145,9 +145,7 @@ class Node(FrontNode):
         self.store = store
         self.transport = make_transport(self.worker_id)
         self._holder = HolderService(store, arena.tensor, self.transport)
-        self._fetcher = Fetcher(
-            store, arena.tensor, self.layout, self.transport, self.client.call, limits or FetchLimits()
-        )
+        self._fetcher = Fetcher(store, self.layout, self.transport, self.client.call, limits or FetchLimits())
         self._load: Callable[[], wire.WorkerLoad] = wire.WorkerLoad
         self._status: Callable[[], Any] = dict
         self._health: Callable[[], bool] = lambda: True
@@ -308,7 +306,10 @@ class Node(FrontNode):
         return extent
 
     def layer_groups(self, holder: wire.Holder, span: MediaSpan) -> tuple[int, ...]:
-        """Edges of the groups of layers in which ``fetch`` with ``on_group`` brings a span's KV."""
+        """Edges of the groups of layers in which ``fetch`` with ``on_group`` brings a span's KV. None in a worker of
+        several ranks: no pass follows what arrives there, since every rank's shard comes in its own time."""
+        if self.layout.tp_size > 1:
+            return ()
         return self._fetcher.layer_groups(holder.worker_id, self.layout.kv_elements(span.length))
 
     async def fetch_staging(self, worker_id: WorkerId, address: str, lease: wire.Lease) -> Extent:
@@ -358,6 +359,9 @@ class Node(FrontNode):
                     if extent.meta is not None:
                         self._directory.retract(extent.key, extent.kind, extent.variant)
                 self._meet_peers()
+                if not self.healthy and not self._draining:
+                    log.error("%s is not healthy, and takes no more requests", self.worker_id)
+                    self._draining = self._directory.draining = True
             except Exception:
                 log.exception("housekeeping of %s failed", self.worker_id)
 
@@ -408,8 +412,11 @@ class Node(FrontNode):
             "healthy": self.healthy,
             "draining": self._draining,
             "device": str(self.arena.tensor.device),
+            "tensor_parallel": self.layout.tp_size,
             "store": {name: getattr(stats, name) for name in stats.__slots__},
             "store_itemsize": self.layout.itemsize,
+            "store_bytes": self.arena.tensor.nbytes,
+            "device_free_bytes": free_bytes(self.arena.tensor.device),
             "transfers": {
                 "reads": self._fetcher.reads,
                 "bytes_read": self._fetcher.bytes_read,

@@ -232,7 +232,7 @@ class Acquire(Message, frozen=True):
 
 class Lease(Message, frozen=True):
     """``offset`` and ``nbytes`` in the holder's arena. The object neither moves nor changes while the lease lives.
-    ``checksum``: 16-byte BLAKE3 of the bytes that will be read, where the reader asked for it."""
+    ``checksum``: 16-byte BLAKE3 of the bytes that will be read, of each shard, where the reader asked for it."""
 
     lease_id: int
     generation: int

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from vlcache_dist.assembly import Site
+from vlcache_dist.assembly import Site, TransportFactory, nixl_transport
 from vlcache_dist.cache_directory.server import DirectoryServer
 from vlcache_dist.config import Settings
 from vlcache_dist.decode_workers.build import build_decode
@@ -31,6 +31,8 @@ from vlcache_dist.decode_workers.worker import DecodeWorker
 from vlcache_dist.demo.pictures import Picture, draw
 from vlcache_dist.encoder_workers.build import build_encoder
 from vlcache_dist.encoder_workers.worker import EncoderWorker
+from vlcache_dist.parallel.group import Launcher
+from vlcache_dist.parallel.processes import Processes
 from vlcache_dist.prefill_workers.build import build_prefill
 from vlcache_dist.prefill_workers.worker import PrefillWorker
 from vlcache_dist.prompt import parse_messages
@@ -101,9 +103,13 @@ class Pools:
         prefills: int = 2,
         decodes: int = 1,
         processes: Sequence[str] = (),
+        transport: TransportFactory = nixl_transport,
+        shards: Launcher | None = None,
         **options: Any,
     ) -> None:
         self.settings = settings(**options)
+        self._transport = transport
+        self._shards = shards or Processes()
         self.directory = DirectoryServer(expiry_s=2.0)
         self._counts = {"encoder": encoders, "prefill": prefills, "decode": decodes}
         self._names = tuple(processes)
@@ -122,9 +128,7 @@ class Pools:
         pools: dict[str, list[Any]] = {"encoder": self.encoders, "prefill": self.prefills, "decode": self.decodes}
         for role, count in self._counts.items():
             for number in range(count):
-                worker = BUILD[role](self.settings, self._site(f"{role}-{number}"))
-                pools[role].append(worker)
-                await worker.start()
+                pools[role].append(await self.start_worker(role, number))
         self.frontend = build_frontend(self.settings, self._site("ingress"))
         await self.frontend.start()
         expected = sum(self._counts.values()) + len(self._names)
@@ -142,6 +146,14 @@ class Pools:
             await worker.close()
         await self.directory.close()
 
+    async def start_worker(self, role: str, number: int, **engine: Any) -> Any:
+        """One more, with these engine settings; the caller's to close unless it is put into a pool's list."""
+        own = self.settings.model_copy(update={"engine": self.settings.engine.model_copy(update=engine)})
+        site = self._site(f"{role}-{number}")
+        worker = await asyncio.to_thread(BUILD[role], own, site, self._transport)
+        await worker.start()
+        return worker
+
     @property
     def workers(self) -> list[Any]:
         return [*self.encoders, *self.prefills, *self.decodes]
@@ -154,7 +166,7 @@ class Pools:
         async def directory() -> Sequence[str]:
             return [self._address]
 
-        return Site(name, "127.0.0.1", directory)
+        return Site(name, "127.0.0.1", directory, self._shards)
 
     # -- asking -------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -92,12 +92,16 @@ class World:
         max_running: int = 8,
         max_waiting: int = 64,
         model: LanguageModel | None = None,
+        tp_size: int = 1,
+        make_runner: Callable[[LanguageModel, torch.Tensor, Arena], Runner] = Runner,
     ) -> None:
         self.config = config or model_config()
         torch_dtype = getattr(torch, dtype)
         self.model = model or random_model(self.config, seed, torch_dtype)
-        text = self.config.text
-        self.layout = KVLayout(text.num_layers, text.num_kv_heads, text.head_dim, text.hidden_size, dtype, "test")
+        text = self.model.config
+        self.layout = KVLayout(
+            text.num_layers, text.num_kv_heads, text.head_dim, text.hidden_size, dtype, "test", tp_size=tp_size
+        )
         self.arena = Arena(self.layout, arena_tokens * self.layout.kv_token, "cpu")
         self.arena.tensor.fill_(float("nan"))  # whatever is read before it is written shows
         self.store = ObjectStore(self.arena.tensor.numel(), alignment=self.arena.alignment)
@@ -105,7 +109,7 @@ class World:
         self.engine = Engine(
             EngineConfig(block_size, max_batch_tokens, max_running, max_waiting, 4096),
             self.config,
-            Runner(self.model, self.pages, self.arena),
+            make_runner(self.model, self.pages, self.arena),
             self.store,
         )
         self.rng = np.random.default_rng(seed)
@@ -242,7 +246,7 @@ class World:
     def embedding(self, span: MediaSpan) -> Extent:
         """Encoder output in a staging extent of its own: NaN again as soon as the engine lets go of it, see below."""
         extent = self.store.stage(self.layout.embedding_elements(span.length), self.now)
-        self.arena.embedding_view(extent, span.length).copy_(self.embeddings[span.key])
+        self.engine.runner.store_embeddings(self.embeddings[span.key], extent)
         return self.store.commit(extent, pin=True)
 
     def begin_record(self, span: MediaSpan) -> Extent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +25,15 @@ class Counting:
         self.thread: int | None = None
         self.fail = False
         self.chores = 2
+        self.runner = self  # as far as the bridge needs one
+        self.lose: Callable[[BaseException], None] = lambda error: None
+        self.closed = False
+
+    def on_lost(self, tell: Callable[[BaseException], None]) -> None:
+        self.lose = tell
+
+    def close(self) -> None:
+        self.closed = True
 
     def has_work(self) -> bool:
         return self.pending > 0
@@ -120,7 +130,36 @@ async def test_the_bridge_sorts_events_by_request(counting: Counting) -> None:
             await bridge.next_event(again, loop.time() + 5)
     finally:
         await bridge.close()
+    assert counting.closed
 
 
 def _as_engine(counting: Counting) -> Engine:
     return counting  # type: ignore[return-value]
+
+
+def test_a_loss_ends_the_engine_although_its_thread_is_stuck() -> None:
+    stuck, free = threading.Event(), threading.Event()
+    crashes: list[str] = []
+
+    class Stuck(Counting):
+        def step(self, now: float) -> list[Any]:
+            stuck.set()
+            free.wait(10)
+            raise RuntimeError("the collective was broken off")
+
+    engine = Stuck()
+    driver = EngineDriver(engine, lambda event: None, lambda error: crashes.append(str(error)))
+    driver.start()
+    driver.call(lambda engine: setattr(engine, "pending", 1)).result(5)
+    assert stuck.wait(5)
+    waiting = driver.call(lambda engine: engine.pending)
+    driver.fail(WorkerLost("shard 1 is gone"))
+    driver.fail(WorkerLost("shard 1 is gone"))
+    with pytest.raises(WorkerLost, match="shard 1 is gone"):
+        waiting.result(5)
+    with pytest.raises(WorkerLost, match="shard 1 is gone"):
+        driver.call(lambda engine: engine.pending).result(5)
+    assert not driver.healthy
+    free.set()
+    driver.close()
+    assert crashes == ["shard 1 is gone"]

@@ -48,6 +48,14 @@ def test_a_workers_gpus_lie_on_one_node(each: float, nodes: list[float], fits: b
             require_room(wanted, [{"GPU": n} for n in nodes])
 
 
+def test_all_ranks_of_a_worker_lie_on_one_node() -> None:
+    wanted = settings(encoders=1, prefills=2, decodes=1, gpus_per_worker=1)
+    assert [pool.ranks for pool in pools(wanted, 2)] == [1, 2, 2]
+    require_room(wanted, [{"GPU": 4.0}, {"GPU": 3.0}], 2)
+    with pytest.raises(ConfigError, match=r"2 prefill of 2 ranks, 1 decode of 2 ranks.*need 7 GPUs.*hold 3 of 4"):
+        require_room(wanted, [{"GPU": 3.0}, {"GPU": 3.0}, {"GPU": 1.0}], 2)
+
+
 def test_missing_pool_nodes_are_named() -> None:
     wanted = settings(encoders=1, prefills=2, decodes=1, pool_resources=True)
     nodes = [{"encoder_pool": 1.0}, {"prefill_pool": 1.0}, {"decode_pool": 1.0}]

@@ -43,7 +43,7 @@ class Reader:
         self.arena = torch.zeros(ARENA_BYTES // 4)
         self.store = ObjectStore(self.arena.numel())
         self.transport, _ = site.reader(arena=self.arena)
-        self.fetcher = Fetcher(self.store, self.arena, LAYOUT, self.transport, self.call, LIMITS)
+        self.fetcher = Fetcher(self.store, LAYOUT, self.transport, self.call, LIMITS)
 
     async def call(self, address: str, message: wire.Message, *, timeout_s: float) -> wire.Message:
         match message:

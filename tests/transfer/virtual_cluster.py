@@ -56,7 +56,7 @@ class Worker:
         self.store = ObjectStore(elements, max_lease_s=limits.lease_s)
         self.transport = MemoryTransport(cluster.network, worker_id, self.arena, layout, host)
         self.holder = HolderService(self.store, self.arena, self.transport, clock=loop.time)
-        self.fetcher = Fetcher(self.store, self.arena, layout, self.transport, cluster.call, limits, clock=loop.time)
+        self.fetcher = Fetcher(self.store, layout, self.transport, cluster.call, limits, clock=loop.time)
         self.alive = True
         self.awake = asyncio.Event()
         self.awake.set()

@@ -67,3 +67,9 @@ def test_unreadable_files(tmp_path: Path, name: str, text: str) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.json"):
         Settings.read(tmp_path / "nowhere.json")
+
+
+def test_ranks_do_not_share_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"gpus_per_worker must be 1 with engine\.tensor_parallel"):
+        Settings.read(engine={"tensor_parallel": 2}, serve={"gpus_per_worker": 0.5})
+    assert Settings.read(engine={"tensor_parallel": 2}, serve={"gpus_per_worker": 1}).engine.tensor_parallel == 2

@@ -14,11 +14,12 @@ from vlcache_dist.model.vision import VisionTower
 from vlcache_dist.model.weights import BUNDLED, Checkpoint
 
 # hidden, layers, heads, KV heads, intermediate, vocabulary, tied; the vision tower differs in its output size only.
-# Source: config.json of Qwen/Qwen2.5-VL-{3B,7B,32B}-Instruct.
+# Source: config.json of Qwen/Qwen2.5-VL-{3B,7B,32B}-Instruct; 72b: the defaults of transformers' Qwen2_5_VLTextConfig.
 _TEXT = {
     "3b": (2048, 36, 16, 2, 11008, 151936, True),
     "7b": (3584, 28, 28, 4, 18944, 152064, False),
     "32b": (5120, 64, 40, 8, 27648, 152064, False),
+    "72b": (8192, 80, 64, 8, 29568, 152064, False),
 }
 
 

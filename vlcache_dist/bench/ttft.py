@@ -23,9 +23,11 @@ from vlcache_dist.config import EngineSettings
 from vlcache_dist.engine.api import Admitted, Compute, Failed, PrefillDone, Reuse, TokenEvent
 from vlcache_dist.engine.batch import StepBatch
 from vlcache_dist.engine.build import build_engine, build_store, kv_layout
-from vlcache_dist.engine.engine import new_variant
+from vlcache_dist.engine.engine import Engine, new_variant
 from vlcache_dist.kernels import backends
+from vlcache_dist.kernels.backends import Auto
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
+from vlcache_dist.model.vision import VisionTower
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.types import MediaSpan, ObjectKind, ReuseMode, SamplingParams
 from vlcache_dist.wire import Generation
@@ -48,6 +50,8 @@ class _Image:
 class Bench:
     """One model with random weights and everything a request needs, on one device."""
 
+    ranks = 1  #: that share the language model
+
     def __init__(
         self, shape: str, device: str, max_vision_tokens: int, plan: str, *, layers: int | None = None
     ) -> None:
@@ -55,8 +59,7 @@ class Bench:
         dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.config = model_config(shape, layers)
         self.plan = Plan.parse(plan)
-        self.layout = kv_layout(self.config, f"random {shape}", dtype)
-        language, self.tower = random_models(self.config, self.device, getattr(torch, dtype))
+        self.layout = kv_layout(self.config, f"random {shape}", dtype, self.ranks)
         token_bytes = (self.layout.kv_token + self.layout.hidden) * self.layout.itemsize
         decode_tokens = max(DECODE_BATCHES) * (DECODE_CONTEXT + 512) if self.device.type == "cuda" else 0
         blocks = max(max_vision_tokens + 4096, decode_tokens) * self.layout.kv_token * self.layout.itemsize
@@ -67,7 +70,7 @@ class Bench:
         )
         self.arena, self.store = build_store(self.layout, settings, self.device)
         limit = max(self.config.text.max_position_embeddings, max_vision_tokens + 2048)
-        self.engine = build_engine(language, self.config, settings, self.arena, self.store, max_model_len=limit)
+        self.engine, self.tower = self._build(settings, limit)
         self.text_tokens = TEXT_TOKENS
         self.rng = np.random.default_rng(0)
         self._requests = 0
@@ -180,7 +183,35 @@ class Bench:
             self.engine.step(time.monotonic())
         return took
 
+    def decode_bytes(self, batch: int) -> int:
+        """What a decode step must read: weights (of the embedding only ``batch`` rows) and the sequences' KV."""
+        model = self.engine.runner.model
+        weights = sum(tensor.nbytes for tensor in model.parameters().values())
+        if not model.tied:
+            weights -= model.embed_tokens.nbytes
+        return weights + batch * DECODE_CONTEXT * self.layout.kv_token * self.layout.itemsize
+
+    def copy_gb_s(self) -> float:
+        """GB/s, read plus written, of a device copy of 1 GiB."""
+        source = torch.empty(1 << 30, dtype=torch.uint8, device=self.device).random_()
+        target = torch.empty_like(source)
+
+        def copy() -> float:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            target.copy_(source)
+            after.record()
+            after.synchronize()
+            return before.elapsed_time(after)
+
+        return 2 * source.nbytes / median(copy, 10) / 1e6
+
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _build(self, settings: EngineSettings, limit: int) -> tuple[Engine, VisionTower]:
+        language, tower = random_models(self.config, self.device, self.arena.tensor.dtype)
+        engine = build_engine(language, self.config, settings, self.arena, self.store, max_model_len=limit)
+        return engine, tower
 
     def _generation(self, images: Sequence[_Image]) -> Generation:
         """A request with its own text: half of it in front of the images, half behind, a token between two of them."""
@@ -317,13 +348,22 @@ def run(
         "shape": shape,
         "plan": plan,
         "runs": runs,
-        "attention": type(attention).__name__,
+        "attention": [
+            b.name for b in ((attention.few, attention.many) if isinstance(attention, Auto) else (attention,))
+        ],
         "rows": rows,
     }
     if device.startswith("cuda"):
         steps = {batch: bench.decode_ms(batch) for batch in DECODE_BATCHES}
+        report["copy_gb_s"] = bandwidth = bench.copy_gb_s()
         report["decode"] = [
-            {"batch": batch, "context": DECODE_CONTEXT, "step_ms": ms, "tokens_per_s": batch / ms * 1e3}
+            {
+                "batch": batch,
+                "context": DECODE_CONTEXT,
+                "step_ms": ms,
+                "tokens_per_s": batch / ms * 1e3,
+                "of_copy_bandwidth": bench.decode_bytes(batch) / ms / 1e6 / bandwidth,
+            }
             for batch, ms in steps.items()
         ]
     if with_transformers:

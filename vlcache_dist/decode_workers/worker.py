@@ -65,6 +65,7 @@ class DecodeWorker:
         stats = await self._bridge.call(lambda engine: engine.stats())
         return {
             "engine": msgspec.to_builtins(stats),
+            "kv_bytes": self.engine.runner.pages.nbytes,
             "images_fetched": self._images_fetched,
             "handoff_bytes": self._handoff_bytes,
         }
@@ -157,6 +158,7 @@ class DecodeWorker:
             if isinstance(error, VLCacheError) and not isinstance(error, StoreFull):
                 raise TransferFailed(f"the handoff from {handoff.worker_id} failed: {error}") from error
             raise
+        moved *= self.node.layout.tp_size  # so much in every shard
         self._images_fetched += images
         self._handoff_bytes += moved
         return Import(handoff.num_tokens, handoff.rows, objects, staging), moved, images

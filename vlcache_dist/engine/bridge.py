@@ -29,6 +29,7 @@ class EngineBridge:
     except that ``on_stray`` sees them (records that end after their request must still be told to the directory)."""
 
     def __init__(self, engine: Engine, on_stray: Callable[[Event], None], name: str = "engine") -> None:
+        self._engine = engine
         self._driver = EngineDriver(engine, self._from_engine, self._crashed, name)
         self._queues: dict[str, asyncio.Queue[Event]] = {}
         self._on_stray = on_stray
@@ -36,11 +37,14 @@ class EngineBridge:
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._engine.runner.on_lost(self._driver.fail)
         sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._driver.start()
 
     async def close(self) -> None:
+        """Stop the engine's thread, and what its runner has started."""
         await asyncio.to_thread(self._driver.close)
+        await asyncio.to_thread(self._engine.runner.close)
 
     @property
     def healthy(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,10 @@ from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.kv.object_store import ObjectStore
 from vlcache_dist.model.config import ModelConfig
 from vlcache_dist.model.language import LanguageModel
+from vlcache_dist.model.parallel import shard_config
 
 CPU_KV_BYTES = 256 << 20
+CPU_STORE_BYTES = 256 << 20
 MAX_WAITING = 1024
 
 
@@ -43,10 +46,20 @@ class Placement:
         return cls(device, "bfloat16" if device.type == "cuda" else "float32")
 
 
-def kv_layout(config: ModelConfig, fingerprint: str, dtype: str) -> KVLayout:
-    """The shape of this model's KV and embeddings; ``fingerprint`` names its weights."""
-    text = config.text
-    return KVLayout(text.num_layers, text.num_kv_heads, text.head_dim, text.hidden_size, dtype, fingerprint)
+def kv_layout(config: ModelConfig, fingerprint: str, dtype: str, tp_size: int = 1) -> KVLayout:
+    """The shape of this model's KV and embeddings, or of its first of ``tp_size`` shards; ``fingerprint`` names its
+    weights. Raises ConfigError if the model cannot be dealt out so."""
+    text = shard_config(config.text, tp_size)
+    return KVLayout(
+        text.num_layers, text.num_kv_heads, text.head_dim, text.hidden_size, dtype, fingerprint, tp_size=tp_size
+    )
+
+
+def store_bytes(settings: EngineSettings, device: torch.device) -> int:
+    """The arena's size: as given, or a share of the device's free memory, to be asked before weights are loaded."""
+    if settings.store_bytes is not None:
+        return settings.store_bytes
+    return CPU_STORE_BYTES if device.type == "cpu" else int(free_bytes(device) * settings.store_fraction)
 
 
 def build_store(layout: KVLayout, settings: EngineSettings, device: torch.device) -> tuple[Arena, ObjectStore]:
@@ -55,7 +68,7 @@ def build_store(layout: KVLayout, settings: EngineSettings, device: torch.device
         layout,
         settings.block_size,
         pages_bytes=layout.kv_token * settings.block_size * layout.itemsize,
-        arena_bytes=settings.store_bytes,
+        arena_bytes=store_bytes(settings, device),
     )
     arena = Arena(layout, plan.arena_elements, device)
     return arena, ObjectStore(plan.arena_elements, alignment=arena.alignment)
@@ -69,10 +82,12 @@ def build_engine(
     store: ObjectStore,
     *,
     max_model_len: int | None = None,
+    make_runner: Callable[[LanguageModel, torch.Tensor, Arena], Runner] = Runner,
 ) -> Engine:
     """An engine on the model's device that shares ``arena`` and ``store``. The arena comes first: pages take a share of
     the memory that is free after it. Blocks are of ``settings.block_size`` tokens or, on CUDA, of as many more as the
-    attention backend wants. Raises ConfigError if memory holds no block."""
+    attention backend wants. ``make_runner``: from model, pages and arena. Raises ConfigError if memory holds no
+    block."""
     layout = arena.layout
     pages_bytes = settings.kv_bytes
     if pages_bytes is None and model.device.type == "cpu":
@@ -93,6 +108,6 @@ def build_engine(
             max_model_len=limit if max_model_len is None else min(limit, max_model_len),
         ),
         config,
-        Runner(model, pages, arena),
+        make_runner(model, pages, arena),
         store,
     )

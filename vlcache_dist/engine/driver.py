@@ -61,6 +61,17 @@ class EngineDriver:
     def healthy(self) -> bool:
         return self.crashed is None and self._thread.is_alive()
 
+    def fail(self, error: BaseException) -> None:
+        """Something the engine cannot do without is lost: nobody waits for it any more, whatever its thread is stuck
+        in. Any thread; idempotent."""
+        with self._wake:
+            if self.crashed is not None or self._closing:
+                return
+            self.crashed = error
+            self._wake.notify()
+        self._fail_waiting(WorkerLost(f"the engine stopped: {type(error).__name__}: {error}"))
+        self._on_crash(error)
+
     def call(self, function: Callable[[Any], T]) -> Future[T]:
         """Run ``function(engine)`` in the engine's thread. Fails with WorkerLost if the engine is gone."""
         future: Future[T] = Future()
@@ -93,21 +104,23 @@ class EngineDriver:
                 self.busy_s += time.perf_counter() - started
         except BaseException as error:  # the thread's last word: everybody who waits must hear it
             log.exception("the engine stopped")
-            self.crashed = error
-            self._fail_waiting(WorkerLost(f"the engine stopped: {type(error).__name__}: {error}"))
-            self._on_crash(error)
+            self.fail(error)
 
     def _wait_for_work(self) -> bool:
         """Idle, then sleep, until there is a call or work; False when closing."""
         prepared = False
         while True:
             with self._wake:
-                if self._closing or self._calls or self.engine.has_work():
-                    return not self._closing
+                if self._over or self._calls or self.engine.has_work():
+                    return not self._over
                 if prepared:
                     self._wake.wait()
                     continue
             prepared = not self.engine.idle()
+
+    @property
+    def _over(self) -> bool:
+        return self._closing or self.crashed is not None
 
     def _run_calls(self) -> None:
         while True:

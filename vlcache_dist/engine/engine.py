@@ -46,7 +46,7 @@ from vlcache_dist.engine.scheduler import Scheduler
 from vlcache_dist.engine.sequence import Sequence, SpanState, prompt_tokens
 from vlcache_dist.engine.streaming import StreamedChunk, Streamer
 from vlcache_dist.engine.watch import Look, Watched
-from vlcache_dist.errors import BadRequest, EngineError, Overloaded, PromptTooLong, VLCacheError
+from vlcache_dist.errors import BadRequest, EngineError, Overloaded, PromptTooLong, VLCacheError, WorkerLost
 from vlcache_dist.kv.block_chain import BlockChain
 from vlcache_dist.kv.object_store import Extent, ObjectStore
 from vlcache_dist.kv.paged_pool import PagedPool
@@ -284,6 +284,8 @@ class Engine:
             }
             tokens, logprobs = forward.result()
             seen = {request_id: look.ratios() for request_id, look in looks.items()}
+        except WorkerLost:
+            raise  # a shard is gone, and the engine with it
         except Exception as error:
             self._pass_failed(work, error)
             return

@@ -6,7 +6,7 @@ it says otherwise; what is enqueued later sees what was enqueued before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -41,16 +41,17 @@ class Pass:
 
 class Runner:
     """``pages`` [layer, 2, block, block_size, kv_head, head_dim] and ``arena`` in the model's dtype and on its device.
-    One thread owns it."""
+    One thread owns it. ``graphs``: replay small passes from CUDA graphs."""
 
-    def __init__(self, model: LanguageModel, pages: torch.Tensor, arena: Arena) -> None:
+    def __init__(self, model: LanguageModel, pages: torch.Tensor, arena: Arena, *, graphs: bool = True) -> None:
         if pages.dtype != model.dtype or arena.tensor.dtype != model.dtype:
             raise ValueError(f"pages {pages.dtype} and arena {arena.tensor.dtype} must have the model's {model.dtype}")
         self.model = model
         self.pages = pages
         self.arena = arena
         self.device = model.device
-        self._graphs = GraphedForward(model, pages, arena.tensor) if kernels.uses_triton(pages) else None
+        graphed = graphs and kernels.uses_triton(pages)
+        self._graphs = GraphedForward(model, pages, arena.tensor) if graphed else None
 
     def launch(self, step: StepBatch, params: Sequence[SamplingParams], draws: Sequence[int]) -> Pass:
         """Start a forward pass: scatter, compute, record, draw. ``params`` and ``draws`` (index of the token within its
@@ -94,10 +95,32 @@ class Runner:
         batch = ScatterBatch(*upload((src, span_tokens, slots, positions), self.device))
         self.model.scatter(batch, self.pages, self.arena.tensor, 0, self.model.config.num_layers)
 
+    def compare(
+        self, extents: Sequence[tuple[int, int]], probes: Sequence[np.ndarray], slots: np.ndarray
+    ) -> torch.Tensor:
+        """fp32 [2, layer, P]: per layer and probe |fresh - cached|^2 and |cached|^2 of V, over all KV heads.
+        ``extents``: (offset, tokens) of each span's KV object, ``probes`` int64 [p]: tokens of it, ``slots`` int64
+        [P]: where the pages hold them all, in order. Does not wait."""
+        on_device, *at = upload([slots, *probes], self.device)
+        fresh = self.pages[:, 1].flatten(1, 2).index_select(1, on_device).float()
+        layout = self.arena.layout
+        parts = []
+        for (offset, tokens), rows in zip(extents, at, strict=True):
+            stored = self.arena.tensor[offset : offset + layout.kv_elements(tokens)]
+            parts.append(stored.view(layout.num_layers, 2, tokens, *fresh.shape[2:])[:, 1].index_select(1, rows))
+        cached = torch.cat(parts, 1).float()
+        return torch.stack([(fresh - cached).square().sum((-2, -1)), cached.square().sum((-2, -1))])
+
     def store_embeddings(self, rows: torch.Tensor, extent: Extent) -> None:
         """Copy encoder output [n, hidden] of any dtype and device into an embedding extent; waits until it is there."""
         self.arena.embedding_view(extent, len(rows)).copy_(rows)
         self.synchronize()
+
+    def on_lost(self, tell: Callable[[BaseException], None]) -> None:
+        """Call ``tell``, from any thread, if something this runner cannot do without is lost (a shard's process)."""
+
+    def close(self) -> None:
+        """End what was started for this runner. Idempotent; any thread, when no pass is under way."""
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from vlcache_dist.engine.runner import Runner
 from vlcache_dist.kv.object_store import Extent
-from vlcache_dist.model.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +28,10 @@ class Look:
 
     def __init__(self, runner: Runner, spans: Sequence[Watched]) -> None:
         self.spans = spans
-        slots, *probes = upload([np.concatenate([s.slots for s in spans]), *(s.probes for s in spans)], runner.device)
-        fresh = runner.pages[:, 1].flatten(1, 2).index_select(1, slots).float()
-        parts = [
-            runner.arena.kv_view(s.kv, s.length)[:, 1].index_select(1, at) for s, at in zip(spans, probes, strict=True)
-        ]
-        cached = torch.cat(parts, 1).float()
-        self._ratios = (fresh - cached).norm(dim=(-2, -1)) / cached.norm(dim=(-2, -1)).clamp_min(1e-12)
+        extents = [(s.kv.offset, s.length) for s in spans]
+        slots = np.concatenate([s.slots for s in spans])
+        changed, cached = runner.compare(extents, [s.probes for s in spans], slots)
+        self._ratios = changed.sqrt() / cached.sqrt().clamp_min(1e-12)
 
     def ratios(self) -> list[np.ndarray]:
         """|fresh - cached| / |cached| of V, fp32 [layer, p] per span."""

@@ -54,11 +54,17 @@ class KVLayout(msgspec.Struct, frozen=True):
         layer = 2 * num_tokens * self.kv_row
         return start * layer, (stop - start) * layer
 
+    def without_kv(self) -> KVLayout:
+        """Of a worker that keeps encoder output only, which is the same in every shard."""
+        return msgspec.structs.replace(self, num_layers=0)
+
     def difference(self, other: KVLayout) -> str:
-        """Empty if the peer's extents can be read as ours; otherwise a sentence that names what differs."""
+        """Empty if the peer's extents can be read as ours; otherwise a sentence that names what differs. With a peer
+        that keeps no KV, only what encoder output depends on is compared."""
+        names = self.__struct_fields__ if self.num_layers and other.num_layers else ("hidden", "dtype", "model")
         parts = [
             f"{name}: {getattr(self, name)!r} here, {getattr(other, name)!r} there"
-            for name in self.__struct_fields__
+            for name in names
             if getattr(self, name) != getattr(other, name)
         ]
         return "; ".join(parts)

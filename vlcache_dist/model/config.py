@@ -65,7 +65,8 @@ class TextConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        """``hidden_size / num_heads`` of the whole model; a shard (``model.parallel``) has fewer heads, as wide."""
+        return 2 * sum(self.mrope_section)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +170,11 @@ def _text(text: Mapping[str, Any]) -> TextConfig:
             f"hidden_size {config.hidden_size}, num_attention_heads {config.num_heads} and num_key_value_heads "
             f"{config.num_kv_heads} do not divide"
         )
-    if text.get("head_dim") not in (None, config.head_dim):
+    head_dim = config.hidden_size // config.num_heads
+    if text.get("head_dim") not in (None, head_dim):
         raise UnsupportedModel(f"head_dim {text['head_dim']}: hidden_size / num_attention_heads is expected")
-    if 2 * sum(config.mrope_section) != config.head_dim:
-        raise UnsupportedModel(f"mrope_section {list(config.mrope_section)} does not add up to {config.head_dim // 2}")
+    if config.head_dim != head_dim:
+        raise UnsupportedModel(f"mrope_section {list(config.mrope_section)} does not add up to {head_dim // 2}")
     return config
 
 

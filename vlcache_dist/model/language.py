@@ -15,7 +15,8 @@ from vlcache_dist.model.rope import MRope
 
 @dataclass(slots=True)
 class DecoderLayer:
-    """C hidden, I intermediate. ``qkv`` is [(Hq + 2 Hkv) D, C] with Q, K, V in this order; ``gate_up`` is [2I, C]."""
+    """C hidden, I intermediate. ``qkv`` is [(Hq + 2 Hkv) D, C] with Q, K, V in this order; ``o`` is [C, Hq D],
+    ``gate_up`` [2I, C]."""
 
     input_norm: torch.Tensor
     qkv: torch.Tensor
@@ -35,7 +36,8 @@ class LanguageModel:
             return torch.empty(shape, device=device, dtype=dtype)
 
         c, i, d = config.hidden_size, config.intermediate_size, config.head_dim
-        qkv = (config.num_heads + 2 * config.num_kv_heads) * d
+        q = config.num_heads * d
+        qkv = q + 2 * config.num_kv_heads * d
         self.config, self.tied, self.device, self.dtype = config, tied, torch.device(device), dtype
         self.embed_tokens = new(config.vocab_size, c)
         self.layers = [
@@ -43,7 +45,7 @@ class LanguageModel:
                 input_norm=new(c),
                 qkv=new(qkv, c),
                 qkv_bias=new(qkv),
-                o=new(c, c),
+                o=new(c, q),
                 post_norm=new(c),
                 gate_up=new(2 * i, c),
                 down=new(c, i),
@@ -57,7 +59,7 @@ class LanguageModel:
     def parameters(self) -> dict[str, torch.Tensor]:
         """Checkpoint name -> the (view of a) tensor that it fills, in the checkpoint's shape."""
         prefix = "model.language_model."
-        kv = self.config.num_kv_heads * self.config.head_dim
+        q, kv = self.config.num_heads * self.config.head_dim, self.config.num_kv_heads * self.config.head_dim
         named = {prefix + "embed_tokens.weight": self.embed_tokens, prefix + "norm.weight": self.norm}
         if not self.tied:
             named["lm_head.weight"] = self.lm_head
@@ -65,8 +67,8 @@ class LanguageModel:
             here = f"{prefix}layers.{n}."
             for letter, weight, bias in zip(
                 "qkv",
-                layer.qkv.split((self.config.hidden_size, kv, kv)),
-                layer.qkv_bias.split((self.config.hidden_size, kv, kv)),
+                layer.qkv.split((q, kv, kv)),
+                layer.qkv_bias.split((q, kv, kv)),
                 strict=True,
             ):
                 named[f"{here}self_attn.{letter}_proj.weight"] = weight
@@ -144,13 +146,18 @@ class LanguageModel:
             if rows == 0:
                 return x
             h, x = kernels.add_rms_norm(h, x, layer.post_norm, eps)
-            pending = kernels.linear(kernels.swiglu(h, layer.gate_up), layer.down)
+            pending = self.reduce(kernels.linear(kernels.swiglu(h, layer.gate_up), layer.down))
         return x if pending is None else x + pending
 
     @torch.inference_mode()
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [n, C] after the last layer -> next-token logits fp32 [n, vocab]."""
         return F.linear(kernels.rms_norm(x, self.norm, self.config.rms_norm_eps), self.lm_head).float()
+
+    def reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        """What the attention's and the MLP's output projection made of this model's heads and features [rows, C], to
+        the sum over all: the identity, except in a shard (``model.parallel``), where it may work in place."""
+        return partial
 
     def _attention(
         self,
@@ -174,7 +181,7 @@ class LanguageModel:
             return h[:0]
         q = kernels.rotate_and_write(q, k, v, cos, sin, k_pages, v_pages, slots, record, base, tokens, n)
         attended = self._attend(q, n, segs, batch, k_pages, v_pages)
-        return kernels.linear(attended.reshape(rows, -1), layer.o)
+        return self.reduce(kernels.linear(attended.reshape(rows, -1), layer.o))
 
     def _attend(
         self, q: torch.Tensor, n: int, segs: int, batch: ForwardBatch, k_pages: torch.Tensor, v_pages: torch.Tensor
@@ -200,7 +207,8 @@ class LanguageModel:
         self, h: torch.Tensor, layer: DecoderLayer, rows: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries of the first ``rows`` rows, keys and values of all: [*, heads, D] each."""
-        width, dim, kv_heads = self.config.hidden_size, self.config.head_dim, self.config.num_kv_heads
+        dim, kv_heads = self.config.head_dim, self.config.num_kv_heads
+        width = self.config.num_heads * dim
         if rows == len(h):
             q, kv = kernels.linear(h, layer.qkv, layer.qkv_bias).split((width, 2 * kv_heads * dim), -1)
         else:

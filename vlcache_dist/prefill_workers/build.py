@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlcache_dist.assembly import Model, Site, TransportFactory, make_engine, make_node, nixl_transport
+from vlcache_dist.assembly import Site, TransportFactory, make_language_worker, nixl_transport
 from vlcache_dist.config import Settings
 from vlcache_dist.prefill_workers.worker import PrefillWorker
 from vlcache_dist.types import Role
@@ -10,7 +10,5 @@ from vlcache_dist.types import Role
 
 def build_prefill(settings: Settings, site: Site, transport: TransportFactory = nixl_transport) -> PrefillWorker:
     """The language model, paged KV and a store for image KV; without a decode pool, a worker that decodes as well."""
-    model = Model.open(settings)
     role = Role.PREFILL if settings.serve.decodes else Role.COLOCATED
-    node = make_node(settings, site, role, model, transport)
-    return PrefillWorker(node, make_engine(settings, model, node))
+    return PrefillWorker(*make_language_worker(settings, site, role, transport))

@@ -271,7 +271,7 @@ class SpanResolver:
                 await rows.begun()
             try:
                 embedding = await rows.valid() if rows.over else rows.extent
-                if kv.over or kv.extent is None:
+                if kv.over or kv.extent is None or not arrival.groups:
                     extent = await kv.valid()
                     embedding = await rows.valid()
                 else:
@@ -310,7 +310,7 @@ class SpanResolver:
             self._plan.depths(span.length, layout.num_layers),
             embedding,
             KVSource.REMOTE if holder else KVSource.LOCAL,
-            kv.elements * layout.itemsize if holder else 0,
+            kv.elements * layout.itemsize * layout.tp_size if holder else 0,
             holder,
             self._plan.canary,
         )

@@ -85,6 +85,7 @@ class PrefillWorker:
         stats = await self._bridge.call(lambda engine: engine.stats())
         return {
             "engine": msgspec.to_builtins(stats),
+            "kv_bytes": self.engine.runner.pages.nbytes,
             "parked": len(self._parked),
             "producing": len(self._production),
             "pass_s": self._speed.pass_s,

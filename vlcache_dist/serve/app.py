@@ -16,7 +16,7 @@ from fastapi import Depends, FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from vlcache_dist.actor import RaySink, directory_of
+from vlcache_dist.actor import RaySink, directory_of, tensor_parallel
 from vlcache_dist.assembly import Site
 from vlcache_dist.cache_directory.actor import ensure_directory
 from vlcache_dist.config import Settings
@@ -24,6 +24,7 @@ from vlcache_dist.decode_workers.actor import DecodeReplica
 from vlcache_dist.encoder_workers.actor import EncoderReplica
 from vlcache_dist.errors import WorkerLost
 from vlcache_dist.metrics import Metrics
+from vlcache_dist.parallel.actor import bundles
 from vlcache_dist.prefill_workers.actor import PrefillReplica
 from vlcache_dist.serve.auth import ApiKeys, Guard
 from vlcache_dist.serve.build import build_frontend
@@ -90,6 +91,13 @@ class Ingress:
             await frontend.close()
 
 
+def _together(size: int, gpus: float, resources: dict[str, float]) -> dict[str, Any]:
+    """All ranks of a tensor-parallel worker on one node, for NVLink's sake; they come and go with its replica."""
+    if size == 1:
+        return {}
+    return {"placement_group_bundles": bundles(size, gpus, resources), "placement_group_strategy": "STRICT_PACK"}
+
+
 def build(arguments: dict[str, Any]) -> serve.Application:
     """The application; also makes sure that the directory's shards exist. ``arguments``: ``Settings`` as nested
     mappings. Raises ConfigError."""
@@ -99,12 +107,15 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     ensure_directory(own.app_name, own.directory_shards, heartbeat_s=own.heartbeat_s, expiry_s=own.expiry_s)
 
     def pool(deployment: Any, replicas: int) -> serve.Application:
+        role = deployment.func_or_class.role
+        resources = {pool_resource(role): 1.0} if own.pool_resources else {}
         return deployment.options(
+            **_together(tensor_parallel(settings, role), own.gpus_per_worker, resources),
             num_replicas=replicas,
             ray_actor_options={
                 "num_cpus": 0,
                 "num_gpus": own.gpus_per_worker,
-                "resources": {pool_resource(deployment.func_or_class.role): 1} if own.pool_resources else {},
+                "resources": resources,
             },
             max_ongoing_requests=UNBOUNDED,
             health_check_period_s=5,

@@ -12,11 +12,11 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from vlcache_dist.assembly import Model
 from vlcache_dist.cache_directory.actor import shutdown_directory
 from vlcache_dist.config import Settings
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
-from vlcache_dist.model.weights import Checkpoint
 from vlcache_dist.serve.app import build
 from vlcache_dist.serve.auth import require_keys
 from vlcache_dist.serve.readiness import check_reachable, require_room, wait_until_ready
@@ -40,7 +40,7 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
     require_keys(own)
     if own.address is None:
         say(f"opening {settings.model.model}")  # what every worker would stumble over, a hub that is out of reach say
-        Checkpoint.open(settings.model.model, settings.model.revision)
+        Model.open(settings)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with terminate_as_interrupt() as again:
         try:
@@ -49,7 +49,7 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
             again()  # Ray has put a handler of its own in place, which aborts the process after 3 s
             say(f"starting {own.encoders} encoder, {own.prefills} prefill and {own.decodes} decode workers")
             if own.address is None:  # a cluster that was joined may grow
-                require_room(own, _node_resources())
+                require_room(own, _node_resources(), settings.engine.tensor_parallel)
             serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
             listening = settings.model_copy(update={"serve": own.model_copy(update={"direct": True, "port": port})})
             target = serve.RunTarget(target=build(listening.model_dump(mode="json")), name=own.app_name)
@@ -60,7 +60,7 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
                 own,
                 ready_s,
                 failures=lambda: _failures(own.app_name),
-                room=lambda: require_room(own, _node_resources()),
+                room=lambda: require_room(own, _node_resources(), settings.engine.tensor_parallel),
                 say=say,
             )
             yield url

@@ -22,12 +22,13 @@ ERROR_LINE = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception|Lo
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """What one pool asks Ray for. ``role`` as the directory counts it."""
+    """What one pool asks Ray for. ``role`` as the directory counts it; ``gpus`` for each of a worker's ``ranks``."""
 
     role: str
     workers: int
     gpus: float
     resource: str | None
+    ranks: int = 1
 
 
 def pool_resource(role: str) -> str:
@@ -35,22 +36,22 @@ def pool_resource(role: str) -> str:
     return f"{role}_pool"
 
 
-def pools(settings: ServeSettings) -> list[Pool]:
-    """The pools that ``settings`` describe."""
+def pools(settings: ServeSettings, tensor_parallel: int = 1) -> list[Pool]:
+    """The pools that ``settings`` describe; ``tensor_parallel`` ranks to a worker with a language model."""
 
-    def pool(deployed: str, role: str, workers: int) -> Pool:
+    def pool(deployed: str, role: str, workers: int, ranks: int) -> Pool:
         resource = pool_resource(deployed) if settings.pool_resources else None
-        return Pool(role, workers, settings.gpus_per_worker, resource)
+        return Pool(role, workers, settings.gpus_per_worker, resource, ranks)
 
-    prefill = pool("prefill", "prefill" if settings.decodes else "colocated", settings.prefills)
-    decode = [pool("decode", "decode", settings.decodes)] if settings.decodes else []
-    return [pool("encoder", "encoder", settings.encoders), prefill, *decode]
+    prefill = pool("prefill", "prefill" if settings.decodes else "colocated", settings.prefills, tensor_parallel)
+    decode = [pool("decode", "decode", settings.decodes, tensor_parallel)] if settings.decodes else []
+    return [pool("encoder", "encoder", settings.encoders, 1), prefill, *decode]
 
 
-def require_room(settings: ServeSettings, nodes: Sequence[Mapping[str, float]]) -> None:
+def require_room(settings: ServeSettings, nodes: Sequence[Mapping[str, float]], tensor_parallel: int = 1) -> None:
     """Raises ConfigError, which names the pool and what is missing, if ``nodes`` (their total resources) cannot hold
-    all workers. A worker's GPUs, or its share of one, lie on one node."""
-    wanted = pools(settings)
+    all workers. A worker's GPUs, those of all its ranks, lie on one node."""
+    wanted = pools(settings, tensor_parallel)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     for pool in wanted:
         if pool.resource is not None and (offered := sum(node.get(pool.resource, 0) for node in nodes)) < pool.workers:
@@ -62,16 +63,30 @@ def require_room(settings: ServeSettings, nodes: Sequence[Mapping[str, float]]) 
     if not each:
         return
     workers = sum(pool.workers for pool in wanted)
-    room = sum(_workers_on(node.get("GPU", 0.0), each) for node in nodes)
+    room = _placed(wanted, [_ranks_on(node.get("GPU", 0.0), each) for node in nodes])
     if room < workers:
-        asked = ", ".join(f"{pool.workers} {pool.role}" for pool in wanted)
+        asked = ", ".join(
+            f"{pool.workers} {pool.role}" + (f" of {pool.ranks} ranks" if pool.ranks > 1 else "") for pool in wanted
+        )
+        need = sum(pool.workers * pool.ranks for pool in wanted) * each
         raise ConfigError(
-            f"{asked} workers with {each:g} GPU each need {workers * each:g} GPUs, but the cluster has {gpus:g}, which "
+            f"{asked} workers with {each:g} GPU each need {need:g} GPUs, but the cluster has {gpus:g}, which "
             f"hold {room} of {workers}: take fewer workers or lower serve.gpus_per_worker"
         )
 
 
-def _workers_on(gpus: float, each: float) -> int:
+def _placed(wanted: Sequence[Pool], nodes: Sequence[int]) -> int:
+    """How many workers find a node with room for all their ranks, the largest first, each where least is left over."""
+    free, placed = list(nodes), 0
+    for ranks in sorted((pool.ranks for pool in wanted for _ in range(pool.workers)), reverse=True):
+        fitting = [count for count in free if count >= ranks]
+        if fitting:
+            free[free.index(min(fitting))] -= ranks
+            placed += 1
+    return placed
+
+
+def _ranks_on(gpus: float, each: float) -> int:
     if each >= 1:
         return int(gpus / each + EPSILON)
     return int(gpus) * int(1 / each + EPSILON)

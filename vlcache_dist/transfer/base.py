@@ -23,7 +23,8 @@ from vlcache_dist.types import WorkerId
 
 class PeerInfo(msgspec.Struct, frozen=True):
     """What a peer must know to read from a worker's arena. ``agent`` contains the incarnation and is never reused.
-    ``metadata`` is the transport's own blob (NIXL agent metadata). ``host`` tells whether checksums are due."""
+    ``metadata`` is the transport's own blob (NIXL agent metadata). ``host`` tells whether checksums are due.
+    ``shards``: of a tensor-parallel worker, the other ranks' arenas, from rank 1 on; they are laid out alike."""
 
     worker_id: WorkerId
     agent: str
@@ -33,6 +34,7 @@ class PeerInfo(msgspec.Struct, frozen=True):
     device: str  # "cpu" or "cuda:N" as the owner numbers it
     host: str
     layout: KVLayout
+    shards: tuple[PeerInfo, ...] = ()
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -80,6 +82,11 @@ class Transport(Protocol):
 
     def read(self, peer: PeerInfo, pieces: Sequence[Piece], deadline_s: float) -> Transfer:
         """Start reading. ``deadline_s`` is a duration from now. Raises ValueError for a piece outside an arena."""
+        ...
+
+    def checksum(self, offset: int, nbytes: int) -> bytes:
+        """What bytes [offset, offset + nbytes) of this arena hold: 16 bytes per shard (``transfer.checksum``). Blocks
+        while it is computed. Raises TransferFailed if a shard is lost."""
         ...
 
     def attend(self, seconds: float) -> None:

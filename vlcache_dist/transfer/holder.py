@@ -15,7 +15,6 @@ from vlcache_dist import wire
 from vlcache_dist.errors import LayoutMismatch, ObjectGone
 from vlcache_dist.kv.object_store import Extent, LeaseGrant, ObjectStore
 from vlcache_dist.transfer.base import Transport
-from vlcache_dist.transfer.checksum import checksum
 from vlcache_dist.types import WorkerId
 
 ATTEND_S = 0.1  #: how long the transport expects a READ from another host after a lease was granted
@@ -34,7 +33,6 @@ class HolderService:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
-        self._arena = arena
         self._transport = transport
         self._clock = clock
         self._itemsize = arena.element_size()
@@ -108,7 +106,7 @@ class HolderService:
             return grant.checksum
         name = (extent.id, nbytes)
         if name not in self._checksums:
-            digest = await asyncio.to_thread(checksum, self._arena, extent.offset * self._itemsize, nbytes)
+            digest = await asyncio.to_thread(self._transport.checksum, extent.offset * self._itemsize, nbytes)
             if len(self._checksums) > 4 * max(1, self._store.stats().num_objects):
                 self._checksums.clear()
             self._checksums[name] = digest

@@ -19,6 +19,7 @@ import torch
 from vlcache_dist.errors import LayoutMismatch, TransferFailed, TransferTimeout
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.transfer.base import PeerInfo, Piece, check_pieces
+from vlcache_dist.transfer.checksum import checksum
 from vlcache_dist.types import WorkerId
 
 
@@ -199,6 +200,10 @@ class MemoryTransport:
             if not fault.drop:
                 self._deliver(transfer, there, fault)
             return transfer
+
+    def checksum(self, offset: int, nbytes: int) -> bytes:
+        """See ``Transport.checksum``."""
+        return checksum(self.bytes, offset, nbytes)
 
     def attend(self, seconds: float) -> None:
         """See ``Transport.attend``: nothing is slow here."""

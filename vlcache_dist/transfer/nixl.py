@@ -38,6 +38,7 @@ import torch
 from vlcache_dist.errors import ConfigError, LayoutMismatch, TransferFailed, TransferTimeout
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.transfer.base import PeerInfo, Piece, check_pieces
+from vlcache_dist.transfer.checksum import checksum
 from vlcache_dist.transfer.huge_pages import advise_huge_pages
 from vlcache_dist.transfer.ucx import configure_ucx
 from vlcache_dist.types import WorkerId
@@ -141,6 +142,10 @@ class NixlTransport:
             self._end(transfer)
             transfer.future.set_exception(TransferFailed("the transport is closed"))
         return transfer
+
+    def checksum(self, offset: int, nbytes: int) -> bytes:
+        """See ``Transport.checksum``."""
+        return checksum(self._arena, offset, nbytes)
 
     def attend(self, seconds: float) -> None:
         """See ``Transport.attend``."""
