@@ -26,7 +26,7 @@ _DAMPED = ("o_proj.weight", "down_proj.weight", "attn.proj.weight")  # what writ
 
 
 def fresh_model(encoder: Encoder) -> Any:
-    """transformers' Qwen2.5-VL, 6.0 M parameters, with random weights."""
+    """transformers' Qwen2.5-VL, 6.1 M parameters, with random weights."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     template = json.loads((TEMPLATE / "config.json").read_text())

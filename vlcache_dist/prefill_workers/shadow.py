@@ -231,7 +231,11 @@ class Shadows:
                     for index in event.needed:
                         source = Compute(pending.embeddings[index])
                         given = index + 1
-                        await asyncio.shield(self._provide(request_id, index, source))
+                        try:
+                            await asyncio.shield(self._provide(request_id, index, source))
+                        except VLCacheError:  # nothing was taken over
+                            given = index
+                            raise
                 elif isinstance(event, PrefillDone):
                     done = event
                 elif isinstance(event, TokenEvent):
