@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,19 +35,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 
 from vlcache_dist.bench.checkpoint import write_random
 from vlcache_dist.config import Settings
-from vlcache_dist.loadtest import dataset, scenario
-from vlcache_dist.loadtest.records import Objective, Point
+from vlcache_dist.loadtest import dataset
+from vlcache_dist.loadtest.client import Target
+from vlcache_dist.loadtest.records import Objective, Point, Run
 from vlcache_dist.loadtest.run import Options, find, measure
-from vlcache_dist.loadtest.scenario import Scenario
+from vlcache_dist.loadtest.scenario import Scenario, plan
 
 DEVICES = 2
 WORKERS_PER_DEVICE = 3  #: at most: encoder, prefill, decode
 LAYOUTS = {"disaggregated": {"prefills": 2, "decodes": 1}, "colocated": {"prefills": 2, "decodes": 0}}
 GIB = 1 << 30
+WARM_UPS = 1
+LATER = 0.42  #: share of the time limit that is kept for each later layout; the first one compiles kernels
 
 
 @dataclass(frozen=True)
@@ -149,33 +153,63 @@ def measure_layout(name: str, each: list[Case], base: Options, config: Settings,
 
     with running(config, ready_s=120.0, say=say) as url:
         target = find(url)
-        for number, case in enumerate([Case(each[0].scenario, 0.5), Case(each[-1].scenario, 0.5), *each]):
+        for scenario in (each[0].scenario, each[-1].scenario):
+            touch(target, scenario, base, say)
+        for number, case in enumerate([*warm_ups(each), *each]):
             if time.monotonic() > until:
                 say("out of time")
                 return
-            warm_up = number < 2
-            options = msgspec.structs.replace(
-                base,
-                scenarios=(case.scenario,),
-                shares=(case.share,),
-                duration_s=base.duration_s / 2 if warm_up else base.duration_s,
-                seed=base.seed + 100 * number,
-            )
+            options = point_options(base, number, case)
             try:
                 run = measure(target, options, lambda what, done, total: None)
             except Exception as error:
-                report.fail(f"{name}, {case.scenario.name}, {case.share:.0%}", error)
+                say(f"{case.scenario.name} {case.share:.0%}: {type(error).__name__}: {error}")
+                if number >= WARM_UPS:
+                    report.fail(f"{name}, {case.scenario.name}, {case.share:.0%}", error)
                 continue
-            if not warm_up:
+            if number >= WARM_UPS:
                 report.add(row(name, run.points[0]))
-            say(f"{'warm-up ' if warm_up else ''}{case.scenario.name} {case.share:.0%}: " + line_of(run.points[0]))
+            say(f"{'' if number >= WARM_UPS else 'warm-up, '}{case.scenario.name} {case.share:.0%}: {line_of(run)}")
 
 
-def line_of(point: Point) -> str:
+def warm_ups(each: list[Case]) -> list[Case]:
+    """Measurements that are thrown away: graphs are captured and kernels compiled in them."""
+    return [Case(each[0].scenario, 0.5)]
+
+
+def point_options(base: Options, number: int, case: Case) -> Options:
+    """Of the point with this number, warm-ups included; every point has pictures of its own."""
+    seconds = base.duration_s if number >= WARM_UPS else base.duration_s / 2
+    return msgspec.structs.replace(
+        base, scenarios=(case.scenario,), shares=(case.share,), duration_s=seconds, seed=base.seed + 100 * number
+    )
+
+
+def touch(target: Target, each: Scenario, base: Options, say: Callable[[str], None]) -> None:
+    """One picture, three times through every prefill worker: the first kernels take a minute to compile, which no
+    measurement should have to wait for."""
+    (request,) = dataset.render(each, plan(each, 0.0, 1, base.seed + 99), base.seed)
+    status = httpx.get(f"{target.url}/status", timeout=30.0).raise_for_status().json()
+
+    def ask(worker: str) -> None:
+        for reuse in ("off", "approx", "approx"):
+            body = json.loads(request.body(target.model, reuse))
+            body["vlcache"]["prefill_worker"] = worker
+            reply = httpx.post(f"{target.url}/v1/chat/completions", json=body, timeout=110.0)
+            say(f"first requests: {worker}, reuse={reuse}: HTTP {reply.status_code}")
+
+    workers = [each["name"] for each in status["workers"] if each["role"] in ("prefill", "colocated")]
+    with ThreadPoolExecutor(len(workers)) as threads:
+        for outcome in [threads.submit(ask, worker) for worker in workers]:
+            if error := outcome.exception():
+                say(f"first requests: {type(error).__name__}: {error}")
+
+
+def line_of(run: Run) -> str:
     return "; ".join(
         f"{arm.reuse}: TTFT p50 {arm.summary.ttft_p50:.0f} p99 {arm.summary.ttft_p99:.0f} ms, ITL p50 "
         f"{arm.summary.itl_p50:.1f} ms, goodput {arm.summary.goodput:.2f}/s, hits {arm.summary.hit_share:.0%}"
-        for arm in point.arms
+        for arm in run.points[0].arms
     )
 
 
@@ -233,8 +267,7 @@ def main() -> int:
             print(f"prepared in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
             port = _free_port()
             for number, layout in enumerate(layouts, start=1):
-                left = given.limit - (time.monotonic() - began)
-                until = time.monotonic() + left / (len(layouts) - number + 1)
+                until = began + given.limit * (1 - LATER * (len(layouts) - number))
                 config = settings(layout, model, given.device, port, address)
                 try:
                     measure_layout(layout, each, base, config, report, until)
@@ -248,10 +281,9 @@ def main() -> int:
 def _draw(each: list[Case], base: Options) -> None:
     """All pictures of the run, before anything is timed: as ``measure_layout`` and ``measure`` will ask for them."""
     planned = []
-    for number, case in enumerate([Case(each[0].scenario, 0.5), Case(each[-1].scenario, 0.5), *each]):
-        seconds = base.duration_s / 2 if number < 2 else base.duration_s
-        count = msgspec.structs.replace(base, duration_s=seconds).count(base.rates[0])
-        planned += scenario.plan(case.scenario, case.share, count, base.seed + 100 * number + 1)
+    for number, case in enumerate([*warm_ups(each), *each]):
+        options = point_options(base, number, case)
+        planned += plan(case.scenario, case.share, options.count(options.rates[0]), options.seed + 1)
     dataset.prepare(planned)
 
 

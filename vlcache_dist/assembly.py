@@ -13,7 +13,7 @@ import torch
 
 from vlcache_dist.cache_directory.client import Addresses
 from vlcache_dist.config import Settings
-from vlcache_dist.engine.build import Placement, build_engine, build_store, kv_layout
+from vlcache_dist.engine.build import Placement, build_engine, build_store, kv_layout, store_bytes
 from vlcache_dist.engine.engine import Engine
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.hashing import ModelIdentity
@@ -98,13 +98,13 @@ def _require_memory(settings: Settings, role: Role, model: Model) -> None:
     shard = Shard(0, 1 if vision else settings.engine.tensor_parallel)
     tensors = [(name, t) for name, t in model.checkpoint.tensors.items() if ("visual." in name) == vision]
     weights = sum(shard.elements(name, tensor.shape) for name, tensor in tensors) * model.layout.itemsize
-    store = settings.engine.store_bytes
     device = model.placement.device
+    store = store_bytes(settings.engine, device)
     free = free_bytes(device)
     if weights + store > free:
         raise ConfigError(
             f"{settings.model.model} does not fit: its {'vision encoder' if vision else 'language model'} takes "
-            f"{weights / 2**30:.2f} GiB and engine.store_bytes {store / 2**30:.2f} GiB, but {device} has "
+            f"{weights / 2**30:.2f} GiB and the store (engine.store_bytes) {store / 2**30:.2f} GiB, but {device} has "
             f"{free / 2**30:.2f} GiB free; take a smaller model, a smaller store, or fewer workers per device"
         )
 

@@ -119,11 +119,18 @@ def bench_ttft(
     plan: Annotated[str, typer.Option(help="recompute plan of warm requests")] = "uniform:2,min=16",
     runs: Annotated[int, typer.Option(min=1, help="timed runs after warm-up")] = 10,
     with_transformers: Annotated[bool, typer.Option(help="measure transformers in the same process")] = True,
+    remote: Annotated[
+        bool, typer.Option(help="warm with KV on another worker's GPU, beside warm with local KV")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="with --remote: what overlapped, as SVG")] = None,
 ) -> None:
     """Time to first token of one request, cold and warm, beside transformers."""
     from vlcache_dist.bench.ttft import run
 
     console = Console(stderr=True)
+    if remote:
+        _bench_ttft_remote(console, json_file, picture, shape, device, vision_tokens, plan, runs)
+        return
     with _told(console):
         sizes = [int(size) for size in vision_tokens.split(",")]
         report = run(shape, device, sizes, plan, runs, with_transformers=with_transformers)
@@ -135,6 +142,38 @@ def bench_ttft(
     for row in report["rows"]:
         table.add_row(*(f"{row[name]:.4g}" if row[name] is not None else "-" for name in names))
     console.print(table)
+
+
+def _bench_ttft_remote(
+    console: Console,
+    json_file: Path,
+    picture: Path | None,
+    shape: str,
+    device: str,
+    vision_tokens: str,
+    plan: str,
+    runs: int,
+) -> None:
+    from vlcache_dist.bench.actor import ttft_remote
+    from vlcache_dist.bench.remote import write_picture
+
+    with _told(console):
+        sizes = [int(size) for size in vision_tokens.split(",")]
+        report = ttft_remote(shape, device, sizes, plan, runs)
+    json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    names = ("vision_tokens", "local_ms", "remote_ms", "ratio", "fetch_ms", "hidden")
+    table = Table(title=f"warm TTFT, {shape} shapes: KV in the own store, and on another worker")
+    for name in names:
+        table.add_column(name)
+    for row in report["rows"]:
+        table.add_row(*(f"{row[name]:.4g}" if row.get(name) is not None else "-" for name in names))
+    console.print(table)
+    traced = [row for row in report["rows"] if row.get("trace", {}).get("computed_ms")]
+    if picture is not None and traced:
+        last = traced[-1]
+        write_picture(last["trace"], picture, f"{last['vision_tokens']:,} vision tokens, {shape} shapes")
+    if any("error" in row for row in report["rows"]):
+        raise typer.Exit(1)
 
 
 @bench_app.command("placement")
@@ -177,18 +216,22 @@ def bench_placement(
 @bench_app.command("transfer")
 def bench_transfer(
     json_file: Annotated[Path, typer.Option("--json", help="where the report goes")],
-    device: Annotated[str, typer.Option(help="cpu, or cuda: GPU 0 reads GPU 1's memory")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or cuda: one GPU reads the other's memory")] = "cpu",
+    shape: Annotated[str, typer.Option(help="whose image of 1,600 tokens is read as well: tiny, 3b, 7b or 32b")] = "7b",
     seconds: Annotated[float, typer.Option(min=0.0, help="per size and kind of copy")] = 1.0,
+    largest: Annotated[int, typer.Option(min=1 << 16, help="bytes of the largest READ")] = 1 << 30,
 ) -> None:
-    """One process reads another's memory through NIXL, beside a plain copy in the same run."""
-    from vlcache_dist.bench.transfer import run
+    """One Ray actor reads another's memory through NIXL, beside a plain copy in the same run."""
+    from vlcache_dist.bench.actor import transfer
+    from vlcache_dist.bench.transfer import SIZES, image_bytes
 
     console = Console(stderr=True)
     with _told(console):
-        report = run(device, seconds=seconds)
+        sizes = [size for size in SIZES if size <= largest]
+        report = transfer(device, sizes, seconds, image_bytes(shape))
     json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     table = Table(title=f"READ through NIXL, {device}; plain copy {report['peer_copy_gbps']:.4g} GB/s")
-    names = ("bytes", "gbps", "median_gbps", "median_us", "copy_median_gbps", "share")
+    names = ("bytes", "descriptors", "gbps", "median_gbps", "median_us", "copy_median_gbps", "share")
     for name in names:
         table.add_column(name)
     for row in report["rows"]:

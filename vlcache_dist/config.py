@@ -57,9 +57,23 @@ class EngineSettings(_Section):
         default=None, ge=1, description="paged KV; None: `kv_fraction` of device memory, or 256 MiB on CPU"
     )
     kv_fraction: float = Field(
-        default=0.5, gt=0, lt=1, description="share of free device memory for paged KV if `kv_bytes` is None"
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="share of the memory that weights and arena leave free for paged KV if `kv_bytes` is None",
     )
-    store_bytes: int = Field(default=256 << 20, ge=1, description="arena for image KV, encoder output and staging")
+    store_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="arena for image KV, encoder output and staging; None: `store_fraction` of device memory, "
+        "or 256 MiB on CPU",
+    )
+    store_fraction: float = Field(
+        default=0.3,
+        gt=0,
+        lt=1,
+        description="share of free device memory, before weights are loaded, for the arena if `store_bytes` is None",
+    )
     tensor_parallel: int = Field(
         default=1,
         ge=1,

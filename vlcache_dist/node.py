@@ -23,19 +23,19 @@ from vlcache_dist import wire
 from vlcache_dist.cache_directory.client import Addresses, DirectoryClient
 from vlcache_dist.cache_directory.hashing import ranked
 from vlcache_dist.errors import LayoutMismatch, ObjectGone, Overloaded, TransferFailed, VLCacheError, WorkerLost
-from vlcache_dist.kv.arena import Arena
+from vlcache_dist.kv.arena import Arena, free_bytes
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.kv.object_store import Extent, ObjectStore
 from vlcache_dist.rpc import Call, Handler, RpcClient, RpcServer
 from vlcache_dist.transfer.base import Transport
-from vlcache_dist.transfer.fetch import Fetcher, FetchLimits
+from vlcache_dist.transfer.fetch import Fetcher, FetchLimits, OnExtent, OnGroup
 from vlcache_dist.transfer.holder import HolderService
+from vlcache_dist.transfer.link import Link
 from vlcache_dist.types import ContentKey, MediaSpan, ObjectKind, Role, Variant, WorkerId
 
 log = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 0.1
-PROBE_BYTES = 1 << 20
 MEET_AGAIN_S = 3.0  #: between attempts to read from a peer
 READS_FROM = {
     Role.ENCODER: (),
@@ -149,7 +149,7 @@ class Node(FrontNode):
         self._load: Callable[[], wire.WorkerLoad] = wire.WorkerLoad
         self._status: Callable[[], Any] = dict
         self._health: Callable[[], bool] = lambda: True
-        self._bandwidth: dict[WorkerId, float] = {}  # bytes/s, as probed when the peer appeared; 0: not readable
+        self._links: dict[WorkerId, Link | None] = {}  # as probed when the peer appeared; None: not readable
         self._meet_at: dict[WorkerId, float] = {}  # peers, and when to probe them (again)
         self._draining = False
         self._closed = False
@@ -212,7 +212,7 @@ class Node(FrontNode):
             self._load(),
             store_bytes_used=(stats.total - stats.free) * itemsize,
             store_bytes_total=stats.total * itemsize,
-            read_bytes_per_s=dict(self._bandwidth),
+            read_bytes_per_s={peer: link.bytes_per_s if link else 0.0 for peer, link in self._links.items()},
         )
 
     # -- objects here -------------------------------------------------------------------------------------------
@@ -259,8 +259,11 @@ class Node(FrontNode):
     # -- objects elsewhere --------------------------------------------------------------------------------------
 
     async def holders(self, kind: ObjectKind, key: ContentKey) -> tuple[wire.Holder, ...]:
-        """Who announced the object: hints. Decode workers come last: what they send delays tokens."""
-        state = await self.state(key)
+        """Who announced the object: hints, see ``holders_in``."""
+        return self.holders_in(await self.state(key), kind)
+
+    def holders_in(self, state: wire.KeyState, kind: ObjectKind) -> tuple[wire.Holder, ...]:
+        """Holders to try, in this order. Decode workers come last: what they send delays tokens."""
         decoding = {m.info.worker_id for m in self.members() if m.info.role is Role.DECODE}
         found = state.kv if kind is ObjectKind.KV else state.embedding
         return tuple(sorted(found, key=lambda holder: holder.worker_id in decoding))
@@ -274,10 +277,12 @@ class Node(FrontNode):
         rows: int | None = None,
         exact_variant: bool = False,
         private: bool = False,
+        on_group: OnGroup | None = None,
+        on_extent: OnExtent | None = None,
     ) -> Extent:
         """A holder's object, here, pinned for the caller and (unless only its first ``rows`` are wanted, or it is
-        ``private``) announced. Raises CacheError, WorkerLost or DeadlineExceeded; the directory is told of a hint
-        that proved stale."""
+        ``private``) announced. ``on_group``, ``on_extent``: see ``Fetcher.fetch``. Raises CacheError, WorkerLost or
+        DeadlineExceeded; the directory is told of a hint that proved stale."""
         elements = self.elements(kind, span.length)
         prefix = None if rows is None or rows >= span.length else rows * self.layout.hidden
         try:
@@ -289,6 +294,8 @@ class Node(FrontNode):
                 prefix=prefix,
                 exact_variant=exact_variant,
                 meta=None if private else _meta(span),
+                on_group=on_group,
+                on_extent=on_extent,
             )
         except (ObjectGone, WorkerLost, TransferFailed, LayoutMismatch):
             # Awaited: a claim that follows must not be refused because of the hint.
@@ -297,6 +304,13 @@ class Node(FrontNode):
         if prefix is None:
             self.announce(extent)
         return extent
+
+    def layer_groups(self, holder: wire.Holder, span: MediaSpan) -> tuple[int, ...]:
+        """Edges of the groups of layers in which ``fetch`` with ``on_group`` brings a span's KV. None in a worker of
+        several ranks: no pass follows what arrives there, since every rank's shard comes in its own time."""
+        if self.layout.tp_size > 1:
+            return ()
+        return self._fetcher.layer_groups(holder.worker_id, self.layout.kv_elements(span.length))
 
     async def fetch_staging(self, worker_id: WorkerId, address: str, lease: wire.Lease) -> Extent:
         """A handoff's packed rows, here, in a staging extent that the caller aborts after use."""
@@ -357,7 +371,7 @@ class Node(FrontNode):
         here.pop(self.worker_id, None)
         for worker_id in [w for w in self._meet_at if w not in here]:
             del self._meet_at[worker_id]
-            self._bandwidth.pop(worker_id, None)
+            self._links.pop(worker_id, None)
             self._fetcher.forget_peer(worker_id)
         now = time.monotonic()
         for worker_id, info in here.items():
@@ -367,13 +381,22 @@ class Node(FrontNode):
 
     async def _meet(self, worker_id: WorkerId, address: str) -> None:
         try:
-            bandwidth = await self._fetcher.introduce(worker_id, address, PROBE_BYTES)
+            link = await self._fetcher.introduce(worker_id, address)
         except VLCacheError as error:
             log.warning("%s cannot read from %s: %s", self.worker_id, worker_id, error)
-            bandwidth = 0.0
+            link = None
+        if link is not None and link.slow:
+            log.warning(
+                "%s READS FROM %s AT %.3f GB/s ONLY, below the floor of %.3f: images are computed anew rather than "
+                "fetched from there where that is faster. Check UCX_TLS, the network, GPU peer access",
+                self.worker_id,
+                worker_id,
+                link.bytes_per_s / 1e9,
+                link.floor / 1e9,
+            )
         if worker_id in self._meet_at:
-            self._bandwidth[worker_id] = bandwidth
-            if not bandwidth:
+            self._links[worker_id] = link
+            if link is None:
                 self._meet_at[worker_id] = time.monotonic() + MEET_AGAIN_S
 
     async def status(self) -> dict[str, Any]:
@@ -392,11 +415,13 @@ class Node(FrontNode):
             "tensor_parallel": self.layout.tp_size,
             "store": {name: getattr(stats, name) for name in stats.__slots__},
             "store_itemsize": self.layout.itemsize,
+            "store_bytes": self.arena.tensor.nbytes,
+            "device_free_bytes": free_bytes(self.arena.tensor.device),
             "transfers": {
                 "reads": self._fetcher.reads,
                 "bytes_read": self._fetcher.bytes_read,
                 "failures": dict(self._fetcher.failures),
-                "bandwidth": dict(self._bandwidth),
+                "links": {peer: _link_report(link) for peer, link in self._links.items()},
             },
             **own,
         }
@@ -427,6 +452,20 @@ class Node(FrontNode):
     def _refuse_if_draining(self) -> None:
         if self._draining:
             raise Overloaded(f"{self.name} is draining")
+
+
+def _link_report(link: Link | None) -> dict[str, Any]:
+    """For ``status``: what was measured when the peer appeared; READs only (``transfer.link`` says why)."""
+    if link is None:
+        return {"readable": False}
+    return {
+        "readable": True,
+        "gbps": link.bytes_per_s / 1e9,
+        "latency_us": link.latency_s * 1e6,
+        "group_bytes": link.group_bytes,
+        "below_floor": link.slow,
+        "curve": [{"bytes": nbytes, "us": seconds * 1e6} for nbytes, seconds in link.points],
+    }
 
 
 def _meta(span: MediaSpan) -> wire.MediaMeta:

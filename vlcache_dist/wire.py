@@ -132,6 +132,7 @@ class Heartbeat(Message, frozen=True):
 class HeartbeatAck(Message, frozen=True):
     epoch: str
     known: bool  #: False: register and announce again
+    held: int = 0  #: fingerprint of what this shard believes the worker to hold
 
 
 class ListMembers(Message, frozen=True):

@@ -295,3 +295,42 @@ async def test_of_two_workers_of_one_name_the_later_one_stays(shards: Shards, jo
 
 async def _eq(found: Any, expected: Any) -> bool:
     return bool(await found == expected)
+
+
+async def test_a_reader_that_was_wrong_is_put_right(shards: Shards) -> None:
+    """A false report of a stale holder lasts a few heartbeats, however often it is made, and announces nothing else."""
+    worker, reader = Site(shards, "a"), Site(shards, "b")
+    async with contextlib.AsyncExitStack() as stack:
+        for site in (worker, reader):
+            stack.push_async_callback(site.close)
+            await site.directory.start()
+        worker.put(*(entry(number) for number in range(6)))
+        await until(lambda: sum(len(server.state._holders) for server in shards.servers) == 6)
+        for number in (1, 4, 1):
+            await reader.directory.report_stale("a#1", key(number), KV, variant(0))
+            (state,) = await reader.directory.lookup([key(number)])
+            assert not state.kv
+            await until(lambda: sum(len(server.state._holders) for server in shards.servers) == 6)
+        for server in shards.servers:
+            server.state.validate()
+
+
+async def test_what_only_the_directory_believes_is_not_announced_for_ever(shards: Shards) -> None:
+    worker = Site(shards, "a")
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(worker.close)
+        await worker.directory.start()
+        worker.put(entry(1), entry(2))
+        await until(lambda: sum(len(server.state._holders) for server in shards.servers) == 2)
+        worker.stock.remove(entry(2))  # and nobody is told
+        heard: list[wire.Announce] = []
+        for server in shards.servers:
+            said = server.state.announce
+
+            def announce(message: wire.Announce, now: float, said: Any = said) -> Any:
+                heard.append(message)
+                return said(message, now)
+
+            server.state.announce = announce  # type: ignore[method-assign]
+        await asyncio.sleep(1.5)
+        assert len(heard) <= 1

@@ -160,7 +160,7 @@ class Pools:
 
     def _met(self, worker: Any) -> bool:
         """It has found the way to all it may read from: start-up is over."""
-        return bool(worker.node._bandwidth) and all(worker.node._bandwidth.values())
+        return bool(worker.node._links) and all(worker.node._links.values())
 
     def _site(self, name: str) -> Site:
         async def directory() -> Sequence[str]:

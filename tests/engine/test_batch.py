@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_dist.engine.batch import ChunkWork, SpanWork, build_step, chunk_runs
+from vlcache_dist.engine.batch import FAR, ChunkWork, SpanWork, build_step, chunk_runs
 
 LAYERS, BLOCK, KV_ROW, HIDDEN = 4, 4, 6, 10
 
@@ -99,6 +99,12 @@ def test_rows_and_segments(work: list[ChunkWork]) -> None:
     sampled = [c for c, chunk in enumerate(work) if chunk.sample]
     assert step.row_chunk[: step.num_samples].tolist() == sampled
     assert step.max_kv == max(step.kv_len.tolist(), default=0)
+    segments = len(step.kv_len)
+    assert step.cu_q[step.far_segs] == step.far_rows and (step.far_segs > 0 or segments == 0)
+    if step.far_segs < segments:
+        assert step.num_samples <= step.far_rows
+        sees_far = (step.kv_len * FAR >= step.max_kv) & (step.row_depth[step.cu_q[:-1]] == LAYERS)
+        assert np.flatnonzero(sees_far).tolist() == list(range(step.num_samples, step.far_segs))
 
 
 @settings(max_examples=150, deadline=None)

@@ -13,6 +13,7 @@ from vlcache_dist.engine.batch import ChunkWork, SpanWork, StepBatch, build_step
 from vlcache_dist.engine.graphs import (
     PATIENCE,
     ROWS,
+    SAMPLES,
     GraphedForward,
     PaddedStep,
     Shape,
@@ -154,7 +155,7 @@ def test_decode_steps_find_the_shapes_prepared_for_them(lengths: tuple[int, ...]
     chunks = [ChunkWork(tokens, rope, table, n - 1, n, True) for n in lengths]
     step = build_step(chunks, num_layers=TEXT.num_layers, block_size=BLOCK, kv_row=8, hidden=8)
     prepared = decode_shapes(max_batch=12, max_keys=4000)
-    assert len(prepared) == 2 * ROWS.index(16) + 2 == len(set(prepared))
+    assert len(prepared) == 2 * SAMPLES.index(16) + 2 == len(set(prepared))
     assert shape_for(step) in prepared
 
 

@@ -157,5 +157,6 @@ def test_a_full_plan_is_no_reuse(rig: Rig) -> None:
     assert kv is not None
     depths = np.full(TOKENS, LAYERS, np.int32)
     full = rig.ask(Reuse(kv, depths, rig.embedding(kept=True)), ReuseMode.APPROX)  # type: ignore[arg-type]
-    assert distance(full, off) <= 0.5 * distance(rig.rounded, rig.exact), "different kernels at most"
+    theirs = distance(rig.rounded, rig.exact)
+    assert distance(full, rig.exact) <= 1.5 * theirs and distance(full, off) <= 1.5 * theirs, "roundings differ at most"
     rig.engine.validate()

@@ -237,6 +237,34 @@ async def test_a_prefix_is_a_staging_extent() -> None:
 
 
 @virtual
+async def test_what_has_no_layers_is_one_group() -> None:
+    """Encoder output, whole or its first rows: where it will be is known before, and that it is there, when it is."""
+    for prefix in (None, 24):
+        pair = Pair(Fault(delay_s=0.1))
+        made = pair.holder.put(ObjectKind.EMBEDDING, key(2), variant(2), 80)
+        told: list[object] = []
+        fetching = asyncio.create_task(
+            pair.reader.fetcher.fetch(
+                pair.holder.holds(made),
+                ObjectKind.EMBEDDING,
+                key(2),
+                80,
+                prefix=prefix,
+                on_group=lambda extent, a, b, told=told: told.append((extent, a, b)),  # type: ignore[misc]
+                on_extent=told.append,
+            )
+        )
+        await asyncio.sleep(0.05)
+        assert len(told) == 1
+        extent = await fetching
+        assert told == [extent, (extent, 0, 4)]
+        pair.reader.store.unpin(extent)
+        if prefix:
+            pair.reader.store.discard(extent)
+        await pair.settle()
+
+
+@virtual
 async def test_a_damaged_prefix_is_noticed_too() -> None:
     pair = Pair(Fault(corrupt=True))
     made = pair.holder.put(ObjectKind.EMBEDDING, key(2), variant(2), 80)
@@ -488,10 +516,6 @@ async def test_a_group_that_is_late_fails_the_whole() -> None:
 
 @virtual
 async def test_a_bad_question_is_the_callers_fault() -> None:
-    pair = Pair()
-    work = pair.reader.fetcher.fetch(pair.hint, ObjectKind.EMBEDDING, key(1), 8, on_group=lambda e, a, b: None)
-    await refused(work, ValueError)
-    await refused(pair.fetch(prefix=32, on_group=lambda e, a, b: None), ValueError)
     for limits in ({"lease_s": 5.0, "transfer_s": 5.0}, {"group_bytes": 0}):
         with pytest.raises(ValueError):
             FetchLimits(**limits)  # type: ignore[arg-type]
@@ -532,11 +556,86 @@ async def test_a_handoff_whose_lease_ended_is_not_admitted() -> None:
 @virtual
 async def test_meeting_a_peer_leaves_nothing_behind() -> None:
     pair = Pair(Fault(delay_s=0.1))
-    speed = await pair.reader.fetcher.introduce(pair.holder.id, "holder", 1000)
-    assert speed == pytest.approx(10_000, rel=0.01)
-    assert pair.reader.fetcher.reads == 2
+    link = await pair.reader.fetcher.introduce(pair.holder.id, "holder", (400, 1000, 1 << 30))
+    assert link.points == (pytest.approx((400, 0.1)), pytest.approx((1000, 0.1))), "what does not fit is left out"
+    assert link.bytes_per_s == pytest.approx(10_000, rel=0.01) and link.slow
+    assert pair.reader.fetcher.reads == 6
+    await pair.settle()
+
+
+@virtual
+async def test_a_probe_evicts_nothing() -> None:
+    pair = Pair()
+    for index in range(10, 30):
+        pair.reader.put(KV, key(index), variant(index), SIZE)
+    before = pair.reader.store.stats()
+    link = await pair.reader.fetcher.introduce(pair.holder.id, "holder")
+    assert link.points[0][0] <= before.largest_free * 4
+    assert pair.reader.store.stats() == before
+
+
+@virtual
+async def test_a_group_that_is_late_ends_the_fetch_long_before_the_lease_does() -> None:
+    """The link was fast when it was measured; then the holder freezes behind the second group."""
+    limits = FetchLimits(lease_s=60.0, transfer_s=50.0, group_bytes=64, group_slack=8.0, group_grace_s=0.2)
+    pair = Pair(Fault(delay_s=0.001), limits=limits)
+    await pair.reader.fetcher.introduce(pair.holder.id, "holder", (400,))
+    seen: list[int] = []
+
+    def on_group(extent: Extent, start: int, stop: int) -> None:
+        seen.append(stop)
+        if stop == 2:
+            pair.holder.freeze()
+            pair.holder.awake.set()
+
+    started = pair.cluster.loop.time()
+    await refused(pair.fetch(on_group=on_group), TransferTimeout)
+    assert seen == [1, 2]
+    assert pair.cluster.loop.time() - started < 0.3
+    pair.holder.thaw()
+    await pair.settle()
+
+
+@virtual
+async def test_who_joins_a_fetch_hears_of_the_same_groups() -> None:
+    pair = Pair(Fault(delay_s=0.1), limits=FetchLimits(group_bytes=64))
+    heard: dict[str, list[int]] = {"first": [], "second": []}
+
+    def listener(name: str) -> Callable[[Extent, int, int], None]:
+        return lambda extent, start, stop: heard[name].append(stop)
+
+    first = asyncio.create_task(pair.fetch(on_group=listener("first")))
+    await asyncio.sleep(0.15)
+    assert heard["first"] == [1, 2]
+    second = asyncio.create_task(pair.fetch(on_group=listener("second")))
+    await asyncio.sleep(0)
+    assert heard["second"] == [1, 2]
+    first.cancel()
+    pair.reader.store.unpin(await second)
+    assert heard == {"first": [1, 2], "second": [1, 2, 3, 4]}
+    assert pair.reader.fetcher.reads == 1
     await pair.settle()
 
 
 async def _await(task: asyncio.Task[Any]) -> Any:
     return await task
+
+
+@virtual
+async def test_a_caller_that_leaves_while_the_lease_is_released_leaves_none_behind() -> None:
+    """The holder has not handled Release yet when the caller's cancellation reaches it."""
+    pair = Pair(Fault(delay_s=0.01))
+    release, heard = pair.holder.holder.release, asyncio.Event()
+
+    async def slow(message: wire.Release) -> wire.Released:
+        heard.set()
+        await asyncio.sleep(0.05)
+        return await release(message)
+
+    pair.holder.holder.release = slow  # type: ignore[method-assign]
+    fetching = asyncio.create_task(pair.fetch())
+    await heard.wait()
+    fetching.cancel()
+    await asyncio.sleep(0.2)
+    assert pair.holder.store.stats().num_leases == 0
+    await pair.settle()

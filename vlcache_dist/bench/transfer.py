@@ -26,11 +26,13 @@ from typing import Any
 import msgspec
 import torch
 
+from vlcache_dist.bench.shapes import model_config
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.transfer.base import PeerInfo, Piece
 from vlcache_dist.transfer.huge_pages import advise_huge_pages
 from vlcache_dist.transfer.nixl import NixlTransport
 
+IMAGE_TOKENS = 1600
 SIZES = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30]
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=1, hidden=1, dtype="bfloat16", model="benchmark")
 DEADLINE_S = 60.0
@@ -51,7 +53,13 @@ def serve(device: str, nbytes: int) -> None:
     transport.close()
 
 
-def measure(work: Callable[[], None], nbytes: int, seconds: float) -> list[float]:
+def image_bytes(shape: str) -> int:
+    """KV in bf16 of an image of ``IMAGE_TOKENS`` of a model of that shape (7B: 92 MB)."""
+    text = model_config(shape).text
+    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * IMAGE_TOKENS * 2
+
+
+def measure(work: Callable[[], object], nbytes: int, seconds: float) -> list[float]:
     """Bytes/s of each repetition, for about so long, at least five times."""
     for _ in range(WARMUP):
         work()
@@ -108,15 +116,26 @@ def row(
     def read() -> None:
         transport.read(peer, [Piece(0, 0, nbytes)], DEADLINE_S).future.result()
 
-    def copy() -> None:
-        arena[:nbytes].copy_(source[:nbytes])
-        if arena.is_cuda:
-            torch.cuda.synchronize(arena.device)
+    return summary(nbytes, 1, measure(read, nbytes, seconds), _copies(arena, source, nbytes, seconds))
 
-    reads, copies = measure(read, nbytes, seconds), measure(copy, nbytes, seconds)
+
+def plain_copies(device: str, sizes: Sequence[int], seconds: float) -> dict[int, list[float]]:
+    """Bytes/s of copies from the one memory to the other (``device`` as in ``run``), by this process alone."""
+    here, there = ("cuda:0", "cuda:1") if device == "cuda" else ("cpu", "cpu")
+    arena, source = (torch.empty(max(sizes), dtype=torch.uint8, device=place) for place in (here, there))
+    for tensor in (arena, source):
+        if device == "cpu":
+            advise_huge_pages(tensor.data_ptr(), tensor.numel())
+        tensor.fill_(1)
+    return {nbytes: _copies(arena, source, nbytes, seconds) for nbytes in sizes}
+
+
+def summary(nbytes: int, descriptors: int, reads: Sequence[float], copies: Sequence[float]) -> dict[str, Any]:
+    """A row of the report from both kinds of bytes/s."""
     read_median, copy_median = statistics.median(reads), statistics.median(copies)
     found = {
         "bytes": nbytes,
+        "descriptors": descriptors,
         "gbps": round(max(reads) / 1e9, 3),
         "median_gbps": round(read_median / 1e9, 3),
         "median_us": round(nbytes / read_median * 1e6, 1),
@@ -126,6 +145,15 @@ def row(
     }
     print(found, file=sys.stderr)
     return found
+
+
+def _copies(arena: torch.Tensor, source: torch.Tensor, nbytes: int, seconds: float) -> list[float]:
+    def copy() -> None:
+        arena[:nbytes].copy_(source[:nbytes])
+        if arena.is_cuda:
+            torch.cuda.synchronize(arena.device)
+
+    return measure(copy, nbytes, seconds)
 
 
 def machine() -> dict[str, Any]:

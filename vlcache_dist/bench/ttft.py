@@ -25,6 +25,7 @@ from vlcache_dist.engine.batch import StepBatch
 from vlcache_dist.engine.build import build_engine, build_store, kv_layout
 from vlcache_dist.engine.engine import Engine, new_variant
 from vlcache_dist.kernels import backends
+from vlcache_dist.kernels.backends import Auto
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
 from vlcache_dist.model.vision import VisionTower
 from vlcache_dist.reuse.plan import Plan
@@ -182,6 +183,29 @@ class Bench:
             self.engine.step(time.monotonic())
         return took
 
+    def decode_bytes(self, batch: int) -> int:
+        """What a decode step must read: weights (of the embedding only ``batch`` rows) and the sequences' KV."""
+        model = self.engine.runner.model
+        weights = sum(tensor.nbytes for tensor in model.parameters().values())
+        if not model.tied:
+            weights -= model.embed_tokens.nbytes
+        return weights + batch * DECODE_CONTEXT * self.layout.kv_token * self.layout.itemsize
+
+    def copy_gb_s(self) -> float:
+        """GB/s, read plus written, of a device copy of 1 GiB."""
+        source = torch.empty(1 << 30, dtype=torch.uint8, device=self.device).random_()
+        target = torch.empty_like(source)
+
+        def copy() -> float:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            target.copy_(source)
+            after.record()
+            after.synchronize()
+            return before.elapsed_time(after)
+
+        return 2 * source.nbytes / median(copy, 10) / 1e6
+
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _build(self, settings: EngineSettings, limit: int) -> tuple[Engine, VisionTower]:
@@ -324,13 +348,22 @@ def run(
         "shape": shape,
         "plan": plan,
         "runs": runs,
-        "attention": type(attention).__name__,
+        "attention": [
+            b.name for b in ((attention.few, attention.many) if isinstance(attention, Auto) else (attention,))
+        ],
         "rows": rows,
     }
     if device.startswith("cuda"):
         steps = {batch: bench.decode_ms(batch) for batch in DECODE_BATCHES}
+        report["copy_gb_s"] = bandwidth = bench.copy_gb_s()
         report["decode"] = [
-            {"batch": batch, "context": DECODE_CONTEXT, "step_ms": ms, "tokens_per_s": batch / ms * 1e3}
+            {
+                "batch": batch,
+                "context": DECODE_CONTEXT,
+                "step_ms": ms,
+                "tokens_per_s": batch / ms * 1e3,
+                "of_copy_bandwidth": bench.decode_bytes(batch) / ms / 1e6 / bandwidth,
+            }
             for batch, ms in steps.items()
         ]
     if with_transformers:

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import msgspec
 
 from vlcache_dist import wire
+from vlcache_dist.cache_directory.fingerprint import fingerprint
 from vlcache_dist.cache_directory.hashing import ranked
 from vlcache_dist.cache_directory.membership import MemberList
 from vlcache_dist.errors import VLCacheError
@@ -24,6 +25,7 @@ from vlcache_dist.types import ContentKey, ObjectKind, Variant, WorkerId
 log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 2.0
+COMPARE_EVERY = 2  #: heartbeats, between comparisons of what is held with what is believed
 BATCH_S = 0.002  #: announcements made within this time travel together
 MEMBERS_EVERY_S = 0.25
 
@@ -45,6 +47,9 @@ class _Shard:
         self.claimed: set[Name] = set()  # granted by this shard and not ended yet
         self.unclaimed: set[Name] = set()  # to be told
         self.wake = asyncio.Event()
+        self.heartbeats = 0
+        self.differed: tuple[int, int] | None = None  # what was held here and believed there, when last compared
+        self.corrected: tuple[int, int] | None = None  # the same, when everything was announced for it
 
 
 class DirectoryClient:
@@ -217,10 +222,33 @@ class DirectoryClient:
                     if not shard.replaced:
                         log.warning("directory shard %d lacks what is held here; announcing again", shard.number)
                     await self._register(shard)
+                else:
+                    await self._compare(shard, reply.held)
                 if shard.unclaimed:
                     shard.wake.set()
             except Exception:
                 log.exception("a heartbeat to directory shard %d failed", shard.number)
+
+    async def _compare(self, shard: _Shard, believed: int) -> None:
+        """Announce again what the shard no longer believes to be here (a reader was wrong about it, a message lost).
+        Twice the same difference: what is on its way does not count. Once for each: what it alone believes cannot be
+        helped from here, and is found out by those who come for it."""
+        assert self._info is not None
+        shard.heartbeats += 1
+        if shard.heartbeats % COMPARE_EVERY or shard.here or shard.gone:
+            return
+        entries = tuple(e for e in self._inventory() if self._shard(e.key) is shard)
+        held = 0
+        for entry in entries:
+            held ^= fingerprint(entry.kind, entry.key, entry.variant)
+        difference = None if held == believed else (held, believed)
+        before, shard.differed = shard.differed, difference
+        if difference is None:
+            shard.corrected = None
+        elif difference == before and difference != shard.corrected:
+            log.info("directory shard %d believes other objects to be here: announcing %d", shard.number, len(entries))
+            shard.corrected = difference
+            await self._ask(shard, wire.Announce(self._info.worker_id, entries))
 
     async def _speak(self, shard: _Shard) -> None:
         """Send what the shard is to be told, in batches; after a failure, it is told everything."""

@@ -90,7 +90,7 @@ class DirectoryServer:
 
     async def _heartbeat(self, message: wire.Heartbeat, call: Call) -> wire.HeartbeatAck:
         known = self.state.heartbeat(message.worker_id, message.load, message.draining, time.monotonic())
-        return wire.HeartbeatAck(self.state.epoch, known)
+        return wire.HeartbeatAck(self.state.epoch, known, self.state.held(message.worker_id))
 
     async def _members(self, message: wire.ListMembers, call: Call) -> wire.Members:
         return wire.Members(self.state.epoch, self.state.members(message.role, time.monotonic()))

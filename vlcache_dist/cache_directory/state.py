@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from vlcache_dist.cache_directory.fingerprint import fingerprint
 from vlcache_dist.types import ContentKey, ObjectKind, Role, Variant, WorkerId
 from vlcache_dist.wire import (
     Announce,
@@ -34,6 +35,7 @@ class _Member:
     load: WorkerLoad
     heard: float
     objects: dict[tuple[Name, Variant], None] = field(default_factory=dict)  # in the order of announcements
+    held: int = 0  # their fingerprint
 
 
 @dataclass(slots=True)
@@ -97,6 +99,11 @@ class DirectoryState:
             member.info = msgspec.structs.replace(member.info, draining=draining)
         return True
 
+    def held(self, worker_id: WorkerId) -> int:
+        """Fingerprint of what a member is believed to hold; 0 for nobody and nothing."""
+        member = self._members.get(worker_id)
+        return 0 if member is None else member.held
+
     def remove(self, worker_id: WorkerId, now: float, why: str) -> list[Name]:
         """A member left or died: its entries and claims go with it."""
         member = self._members.pop(worker_id, None)
@@ -139,7 +146,10 @@ class DirectoryState:
         for entry in message.entries:
             name = (entry.kind, entry.key)
             self._holders.setdefault(name, {})[message.worker_id, entry.variant] = entry.nbytes
-            member.objects.pop((name, entry.variant), None)
+            if (name, entry.variant) in member.objects:
+                del member.objects[name, entry.variant]
+            else:
+                member.held ^= fingerprint(*name, entry.variant)
             member.objects[name, entry.variant] = None
             self._remember(entry)
             claim = self._claims.get(name)
@@ -154,8 +164,9 @@ class DirectoryState:
     def retract(self, worker_id: WorkerId, name: Name, variant: Variant, now: float) -> None:
         """The object is no longer there: said by the holder, or by a reader that was told so."""
         member = self._members.get(worker_id)
-        if member is not None:
-            member.objects.pop((name, variant), None)
+        if member is not None and (name, variant) in member.objects:
+            del member.objects[name, variant]
+            member.held ^= fingerprint(*name, variant)
         self._drop_holder(name, worker_id, variant)
         self._note(now, name[1].hex(), f"{worker_id} no longer holds {name[0]} {variant.hex()[:8]}")
 
@@ -228,6 +239,11 @@ class DirectoryState:
         listed = {(n, w, v) for n, holders in self._holders.items() for w, v in holders}
         owned = {(n, w, v) for w, member in self._members.items() for n, v in member.objects}
         assert listed == owned, listed ^ owned
+        for member in self._members.values():
+            expected = 0
+            for (kind, key), variant in member.objects:
+                expected ^= fingerprint(kind, key, variant)
+            assert member.held == expected, "a fingerprint does not fit"
         assert all(self._holders.values()), "a name without holders is kept"
         assert all(claim.worker_id in self._members for claim in self._claims.values())
         assert len({m.info.name for m in self._members.values()}) == len(self._members)

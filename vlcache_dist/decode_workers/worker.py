@@ -65,6 +65,7 @@ class DecodeWorker:
         stats = await self._bridge.call(lambda engine: engine.stats())
         return {
             "engine": msgspec.to_builtins(stats),
+            "kv_bytes": self.engine.runner.pages.nbytes,
             "images_fetched": self._images_fetched,
             "handoff_bytes": self._handoff_bytes,
         }

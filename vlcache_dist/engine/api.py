@@ -45,7 +45,10 @@ class Reuse:
     recomputed (``Plan.depths``). ``embedding`` as in ``Compute``; its first rows, up to the last one that is
     recomputed, are enough, and None if there is none. With ``canary``, ``depths`` include its probes and ``embedding``
     is the whole span's: if the probes deviate, the span and everything behind it are computed from it before the first
-    token is released. The rest is provenance for the report."""
+    token is released. ``groups``: edges of the layer groups in which ``kv`` is still arriving, (0, ..., num_layers); it
+    is then neither committed nor pinned, and nothing that depends on it counts before ``Engine.admit``. Empty: all of
+    it is there. With ``rows_arrive``, so is ``embedding``, and layers count as arrived once its rows are there. The
+    rest is provenance for the report."""
 
     kv: Extent
     depths: np.ndarray
@@ -54,6 +57,8 @@ class Reuse:
     bytes_moved: int = 0
     holder: str = ""
     canary: Canary | None = None
+    groups: tuple[int, ...] = ()
+    rows_arrive: bool = False
 
 
 # -- events -------------------------------------------------------------------------------------------------------
@@ -166,7 +171,9 @@ class EngineStats:
     """Counters since the start, and gauges. ``layer_rows[l]``: rows whose K and V layer l computed;
     ``layer_query_rows[l]``: rows that went through attention and MLP of layer l. ``scattered_tokens``: vision tokens
     whose pages were filled from objects. ``spans_watched``: reused spans whose canary was read;
-    ``spans_escalated``: spans that were computed after all because their own canary or an earlier one called."""
+    ``spans_escalated``: spans that were computed after all because their own canary or an earlier one called.
+    ``spans_streamed``: reused spans whose layers were computed on while later ones were still arriving;
+    ``spans_revoked``: spans whose arriving source was withdrawn."""
 
     waiting: int
     running: int
@@ -189,3 +196,5 @@ class EngineStats:
     layer_query_rows: tuple[int, ...]
     spans_watched: int = 0
     spans_escalated: int = 0
+    spans_streamed: int = 0
+    spans_revoked: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
@@ -14,6 +15,7 @@ from vlcache_dist.types import FinishReason, TokenLogprobs
 from vlcache_dist.wire import Tokens
 
 T = TypeVar("T")
+SWITCH_S = 2e-4  #: how long the engine's thread may keep the interpreter from the event loop and the transport
 
 
 class OnEngine(Protocol):
@@ -36,6 +38,7 @@ class EngineBridge:
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine.runner.on_lost(self._driver.fail)
+        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._driver.start()
 
     async def close(self) -> None:

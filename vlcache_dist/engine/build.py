@@ -19,6 +19,7 @@ from vlcache_dist.model.language import LanguageModel
 from vlcache_dist.model.parallel import shard_config
 
 CPU_KV_BYTES = 256 << 20
+CPU_STORE_BYTES = 256 << 20
 MAX_WAITING = 1024
 
 
@@ -54,13 +55,20 @@ def kv_layout(config: ModelConfig, fingerprint: str, dtype: str, tp_size: int = 
     )
 
 
+def store_bytes(settings: EngineSettings, device: torch.device) -> int:
+    """The arena's size: as given, or a share of the device's free memory, to be asked before weights are loaded."""
+    if settings.store_bytes is not None:
+        return settings.store_bytes
+    return CPU_STORE_BYTES if device.type == "cpu" else int(free_bytes(device) * settings.store_fraction)
+
+
 def build_store(layout: KVLayout, settings: EngineSettings, device: torch.device) -> tuple[Arena, ObjectStore]:
     """The arena for image KV, encoder output and staging, and its book. Raises ConfigError if it is too small."""
     plan = plan_memory(
         layout,
         settings.block_size,
         pages_bytes=layout.kv_token * settings.block_size * layout.itemsize,
-        arena_bytes=settings.store_bytes,
+        arena_bytes=store_bytes(settings, device),
     )
     arena = Arena(layout, plan.arena_elements, device)
     return arena, ObjectStore(plan.arena_elements, alignment=arena.alignment)

@@ -8,7 +8,8 @@
                                     └ abort at any time: everything it held is freed
 
 A request is admitted, first come first served, when all blocks it can ever need are free: nothing is preempted later.
-It is computed up to the first span that has no source yet.
+It is computed up to the first span that has no source yet. Behind a source that is still arriving it is computed ahead,
+layers by layers, and what comes of that counts when the source is admitted (``engine.streaming``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -42,6 +44,7 @@ from vlcache_dist.engine.origins import SlotOrigins
 from vlcache_dist.engine.runner import Runner
 from vlcache_dist.engine.scheduler import Scheduler
 from vlcache_dist.engine.sequence import Sequence, SpanState, prompt_tokens
+from vlcache_dist.engine.streaming import StreamedChunk, Streamer
 from vlcache_dist.engine.watch import Look, Watched
 from vlcache_dist.errors import BadRequest, EngineError, Overloaded, PromptTooLong, VLCacheError, WorkerLost
 from vlcache_dist.kv.block_chain import BlockChain
@@ -70,6 +73,11 @@ class EngineConfig:
     max_model_len: int
 
 
+def layer_edges(groups: tuple[int, ...], num_layers: int) -> bool:
+    """True if ``groups`` are the edges of consecutive runs of all layers."""
+    return groups[0] == 0 and groups[-1] == num_layers and all(a < b for a, b in pairwise(groups))
+
+
 def new_variant() -> Variant:
     """A fresh name for the result of one computation."""
     return os.urandom(16)
@@ -95,6 +103,8 @@ class Engine:
         self._handovers = HandoverBook(store, runner, self._origins, self.layout)
         self._events: list[Event] = []
         self._no_blocks = False  # for the head of the queue, until somebody gives some back
+        self._streamer = Streamer(runner)
+        self._stream: StreamedChunk | None = None
         self._failed_steps = 0
         self._counters: Counter[str] = Counter()
         self._layer_rows = np.zeros(self.layout.num_layers, np.int64)
@@ -168,6 +178,38 @@ class Engine:
             return
         self._take_source(sequence, span_index, source)
 
+    def arrived(self, request_id: str, span_index: int, num_layers: int) -> None:
+        """Layers [0, ``num_layers``) of an arriving source are in its extent. Ignored for a source that is gone."""
+        state = self._arriving(request_id, span_index)
+        if state is not None:
+            state.layers_here = max(state.layers_here, num_layers)
+
+    def admit(self, request_id: str, span_index: int, kv: Extent, embedding: Extent | None = None) -> None:
+        """An arriving source is all there and valid, as ``kv`` and, with ``rows_arrive``, ``embedding`` (committed,
+        pinned), which are taken over also if the request is gone."""
+        state = self._arriving(request_id, span_index)
+        if state is None:
+            for extent in (kv, embedding):
+                if extent is not None:
+                    self._let_go(extent)
+            return
+        self._sequences[request_id].admit(span_index, kv, embedding)
+        if self._stream is not None and self._stream.moved:
+            self._drop_stream()
+
+    def revoke(self, request_id: str, span_index: int) -> None:
+        """An arriving source is late or not valid: what was computed from it is undone, and the span needs another
+        one. Ignored for a source that is gone."""
+        state = self._arriving(request_id, span_index)
+        if state is None:
+            return
+        sequence = self._sequences[request_id]
+        if self._stream is not None and self._stream.sequence is sequence:
+            self._drop_stream()
+        self._unhold(state, keep_kv=False)
+        sequence.withdraw(span_index)
+        self._counters["spans_revoked"] += 1
+
     def relieve(self) -> None:
         """The store is full: let the next step also compute the few rows that wait for the source behind them, because
         their own sources' extents become free with that. No ``has_work`` after it means that there are none."""
@@ -189,6 +231,7 @@ class Engine:
         """Admit, run one forward pass, return what happened. Device work that events speak of is finished. Raises
         EngineError when several passes in a row have failed: the device must be taken for broken."""
         self._admit(now)
+        self._advance_stream(now)
         work = self._scheduler.schedule()
         self._scheduler.hold_back = True
         if work:
@@ -200,11 +243,13 @@ class Engine:
         """True if ``step`` would do something now (a request that only waits for a source is no work)."""
         if self._events or self._scheduler.can_run():
             return True
+        if self._stream.ready if self._stream is not None else self._scheduler.next_stream() is not None:
+            return True
         return not self._no_blocks and self._scheduler.next_waiting() is not None
 
     def idle(self) -> bool:
         """Use the time in which nobody waits; False if there is nothing to do with it."""
-        return self.runner.prepare()
+        return self._stream is None and self.runner.prepare()
 
     def _admit(self, now: float) -> None:
         while (sequence := self._scheduler.next_waiting()) is not None:
@@ -228,13 +273,7 @@ class Engine:
         chunks = [chunk for _, chunk in work]
         sampled = [sequence for sequence, chunk in work if chunk.sample]
         try:
-            batch = build_step(
-                chunks,
-                num_layers=self.layout.num_layers,
-                block_size=self.config.block_size,
-                kv_row=self.layout.kv_row,
-                hidden=self.layout.hidden,
-            )
+            batch = self._step(chunks)
             forward = self.runner.launch(batch, [s.sampling for s in sampled], [s.num_generated for s in sampled])
             # Hashing a long prompt's blocks takes as long as a warm pass: do it while the device computes. Whoever
             # starts with these blocks is enqueued behind the pass that fills them.
@@ -250,16 +289,72 @@ class Engine:
         except Exception as error:
             self._pass_failed(work, error)
             return
-        self._failed_steps = 0
-        self._count(work, batch)
-        for sequence, chunk in work:
-            self._written(sequence, chunk)
+        self._passed(work, batch)
         for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
             if sequence.request_id in seen:
                 look = looks[sequence.request_id]
                 if self._settle(sequence, look.spans, seen[sequence.request_id]):
                     continue  # this token is not released: the sequence goes back and draws it again
             self._token(sequence, token, logprob, now)
+
+    def _advance_stream(self, now: float) -> None:
+        """Take the pass behind an arriving source further up; conclude it once its source is admitted."""
+        if self._stream is None and (start := self._scheduler.next_stream()) is not None:
+            sequence, chunk = start
+            try:
+                self._stream = StreamedChunk(self._streamer, sequence, chunk, self._step([chunk]))
+            except Exception as error:
+                self._pass_failed([start], error)
+                return
+            self._counters["spans_streamed"] += len(self._stream.spans)
+        stream = self._stream
+        if stream is None:
+            return
+        sequence, chunk = stream.sequence, stream.chunk
+        try:
+            if not stream.advance():
+                return
+            if stream.look is None and chunk.sample and sequence.watch_from is not None:
+                stream.look = self._look(sequence)
+            if not stream.admitted:
+                return
+            tokens, logprobs = stream.result().result()
+            ratios = None if stream.look is None else stream.look.ratios()
+        except Exception as error:
+            self._pass_failed([(sequence, chunk)], error)
+            return
+        self._stream, sequence.streaming = None, False
+        self._passed([(sequence, chunk)], stream.step)
+        sequence.offer(self.prefix, chunk.end)
+        if ratios is not None and stream.look is not None and self._settle(sequence, stream.look.spans, ratios):
+            return
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            self._token(sequence, token, logprob, now)
+
+    def _drop_stream(self) -> None:
+        assert self._stream is not None
+        self._stream.erase()
+        self._stream = None
+
+    def _arriving(self, request_id: str, span_index: int) -> SpanState | None:
+        sequence = self._sequences.get(request_id)
+        state = None if sequence is None else sequence.spans[span_index]
+        return state if state is not None and state.arriving else None
+
+    def _step(self, chunks: list[ChunkWork]) -> StepBatch:
+        return build_step(
+            chunks,
+            num_layers=self.layout.num_layers,
+            block_size=self.config.block_size,
+            kv_row=self.layout.kv_row,
+            hidden=self.layout.hidden,
+        )
+
+    def _passed(self, work: list[tuple[Sequence, ChunkWork]], batch: StepBatch) -> None:
+        self._failed_steps = 0
+        self._count(work, batch)
+        for sequence, chunk in work:
+            self._written(sequence, chunk)
 
     def _look(self, sequence: Sequence) -> Look:
         """Compare the probes of all watched spans with what they were reused from, behind the pass under way."""
@@ -420,6 +515,8 @@ class Engine:
             layer_query_rows=tuple(self._layer_query_rows.tolist()),
             spans_watched=count["spans_watched"],
             spans_escalated=count["spans_escalated"],
+            spans_streamed=count["spans_streamed"],
+            spans_revoked=count["spans_revoked"],
         )
 
     def validate(self) -> None:
@@ -483,6 +580,12 @@ class Engine:
         else:
             if sequence.reuse is not ReuseMode.APPROX:
                 raise ValueError(f"{where}: reuse={sequence.reuse} takes no image KV")
+            if source.rows_arrive and not (source.groups and source.embedding):
+                raise ValueError(f"{where}: rows arrive only with KV that does")
+            if source.groups and not sequence.blocks:
+                raise ValueError(f"{where}: a source cannot arrive before its request is admitted")
+            if source.groups and not layer_edges(source.groups, self.layout.num_layers):
+                raise ValueError(f"{where}: groups {source.groups} are no edges of {self.layout.num_layers} layers")
             if source.depths.shape != (span.length,) or source.depths.max() > self.layout.num_layers:
                 raise ValueError(f"{where}: depths {source.depths.shape} do not fit {span.length} tokens")
             recomputed = np.flatnonzero(source.depths)
@@ -497,10 +600,11 @@ class Engine:
 
     def _take_source(self, sequence: Sequence, index: int, source: Compute | Reuse) -> None:
         state = sequence.spans[index]
-        if source.embedding is not None:
+        if source.embedding is not None and not (isinstance(source, Reuse) and source.rows_arrive):
             state.held.append(source.embedding)
         if isinstance(source, Reuse):
-            state.held.append(source.kv)
+            if not source.groups:
+                state.held.append(source.kv)
             self._counters["spans_reused"] += 1
         elif source.record is not None:
             if sequence.recordable(index):
@@ -515,10 +619,11 @@ class Engine:
 
     def _give_back(self, request_id: str, index: int, source: Compute | Reuse) -> None:
         """A source that is not needed."""
-        if source.embedding is not None:
+        if source.embedding is not None and not (isinstance(source, Reuse) and source.rows_arrive):
             self._let_go(source.embedding)
         if isinstance(source, Reuse):
-            self._let_go(source.kv)
+            if not source.groups:
+                self._let_go(source.kv)
         elif source.record is not None:
             self._abort_record(request_id, index, source.record)
 
@@ -571,6 +676,8 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         """Give back everything a request holds, in any state."""
+        if self._stream is not None and self._stream.sequence is sequence:
+            self._drop_stream()
         del self._sequences[sequence.request_id]
         if self._parked.pop(sequence.request_id, None) is None:
             self._scheduler.remove(sequence)

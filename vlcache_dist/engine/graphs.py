@@ -31,12 +31,13 @@ from vlcache_dist.model.upload import FixedInputs
 
 log = logging.getLogger(__name__)
 
-ROWS = (1, 2, 4, *range(8, 129, 8), *range(144, 513, 16), *range(544, 1025, 32), *range(1152, 2049, 128))
+ROWS = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, 1025, 32), *range(1152, 2049, 128))
+SAMPLES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  #: multiples of few, to be captured ahead
 MAX_GRAPHS = 192
 LEAST_KEYS = 2048  #: and more than any padding
 LEAST_NEAR_KEYS = 256
 LEAST_SCATTER = 256
-FAR_STEP = 16  #: rows of the far group are padded to a multiple of it
+FAR_STEP = 16  #: sampled and far rows together are padded to a multiple of it
 PATIENCE = 3  #: uses after which a shape is captured although somebody waits
 _REMEMBERED = 1024  #: shapes without a graph
 
@@ -121,12 +122,12 @@ def shape_for(step: StepBatch) -> Shape | None:
         return None
     if any(n != rows for n in step.rows_kv) or any(n != rows for n in step.rows_q[:-1]):
         return None
-    padded_samples = _at_least(samples, ROWS)
+    padded_samples = _at_least(samples, SAMPLES)
     if padded_samples is None:
         return None
     far, near = step.far_rows - samples, rows - step.far_rows
     if near:
-        far = -(-far // FAR_STEP) * FAR_STEP
+        far = -(-(padded_samples + far) // FAR_STEP) * FAR_STEP - padded_samples
     padded_rows = _at_least(padded_samples + far + near, ROWS) if far + near else padded_samples
     if padded_rows is None:
         return None
@@ -223,29 +224,29 @@ def fill_padding(shape: Shape, into: PaddedStep) -> None:
 def decode_shapes(max_batch: int, max_keys: int) -> list[Shape]:
     """The shapes of decode steps of up to ``max_batch`` sequences of up to ``max_keys`` tokens."""
     bounds = [LEAST_KEYS << i for i in range(_power_of_two(-(-max_keys // LEAST_KEYS)).bit_length())]
-    last = _at_least(min(max_batch, ROWS[-1]), ROWS)
+    last = _at_least(min(max_batch, SAMPLES[-1]), SAMPLES)
     return [
         Shape(rows, rows, 0, 0, 1, keys, 0, 0, 0, scatter=0, recording=False)
         for keys in bounds
-        for rows in ROWS
+        for rows in SAMPLES
         if last is not None and rows <= last
     ]
 
 
 @torch.inference_mode()
-def padded_logits(
-    model: LanguageModel, tensors: Sequence[torch.Tensor], shape: Shape, pages: torch.Tensor, arena: torch.Tensor
-) -> torch.Tensor:
-    """fp32 [samples, vocab] of a padded step's ``tensors`` (in the order of ``PaddedStep``); scatters reused tokens,
-    writes K and V of the real rows and records them. What a graph captures; runs anywhere."""
+def padded_input(
+    model: LanguageModel, tensors: Sequence[torch.Tensor], shape: Shape, arena: torch.Tensor
+) -> tuple[torch.Tensor, ForwardBatch, ScatterBatch | None]:
+    """What the model works on, of a padded step's ``tensors`` (in the order of ``PaddedStep``): hidden state before
+    layer 0, rows, and the reused tokens to be scattered first."""
     step = dict(zip((field.name for field in fields(PaddedStep)), tensors, strict=True))
     layers = model.config.num_layers
+    reused = None
     if shape.scatter:
         reused = ScatterBatch(
             step["scatter_src"], step["scatter_tokens"], step["scatter_slots"], step["scatter_positions"]
         )
-        model.scatter(reused, pages, arena, 0, layers)
-    empty = torch.empty(0, dtype=torch.int64, device=pages.device)
+    empty = torch.empty(0, dtype=torch.int64, device=arena.device)
     batch = ForwardBatch(
         token_ids=step["token_ids"],
         positions=step["positions"],
@@ -273,8 +274,19 @@ def padded_logits(
     )
     x = F.embedding(batch.token_ids, model.embed_tokens)
     encoded = arena.unfold(0, x.shape[1], 1)[step["embed_offset"]].to(x.dtype)
-    x = torch.where(step["embed_mask"][:, None], encoded, x)
-    return model.logits(model.run_layers(x, batch, pages, arena, 0, layers))
+    return torch.where(step["embed_mask"][:, None], encoded, x), batch, reused
+
+
+@torch.inference_mode()
+def padded_logits(
+    model: LanguageModel, tensors: Sequence[torch.Tensor], shape: Shape, pages: torch.Tensor, arena: torch.Tensor
+) -> torch.Tensor:
+    """fp32 [samples, vocab] of a padded step's ``tensors``; scatters reused tokens, writes K and V of the real rows and
+    records them. What a graph captures; runs anywhere."""
+    x, batch, reused = padded_input(model, tensors, shape, arena)
+    if reused is not None:
+        model.scatter(reused, pages, arena, 0, model.config.num_layers)
+    return model.logits(model.run_layers(x, batch, pages, arena, 0, model.config.num_layers))
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,18 @@ class Scheduler:
         """This step's work; empty if every running sequence waits for something."""
         return list(self._work())
 
+    def next_stream(self) -> tuple[Sequence, ChunkWork] | None:
+        """A chunk whose source is still arriving, the oldest first."""
+        for sequence in self.running:
+            if not sequence.prefilling or sequence.streaming or not any(s.arriving for s in sequence.spans):
+                continue
+            chunk = sequence.stream(self.max_batch_tokens)
+            if chunk is None:
+                continue
+            if sequence.active_rows(chunk) >= WORTHWHILE_ROWS or not sequence.stops_short(chunk):
+                return sequence, chunk
+        return None
+
     def can_run(self) -> bool:
         """True if ``schedule`` would return work."""
         return next(self._work(), None) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,7 +29,8 @@ class SpanState:
     """A span and its source. ``cached``: its leading tokens that lie in the prefix hit (``length``: all of it, and no
     source is needed). ``work``: what batches need of it, until it is computed. ``held``: committed extents pinned for
     it. ``record``: the extent that its KV is recorded in. ``repeated``: an earlier span of the prompt has its key.
-    ``deviation``, ``escalated``: see ``SpanReport``."""
+    ``arriving``: the source is not admitted yet; it comes in ``groups`` of layers (their edges), of which layers
+    [0, ``layers_here``) are there. ``deviation``, ``escalated``: see ``SpanReport``."""
 
     span: MediaSpan
     repeated: bool
@@ -37,6 +39,9 @@ class SpanState:
     work: SpanWork | None = None
     record: Extent | None = None
     held: list[Extent] = field(default_factory=list)
+    arriving: bool = False
+    groups: tuple[int, ...] = ()
+    layers_here: int = 0
     deviation: float | None = None
     escalated: bool = False
 
@@ -65,6 +70,11 @@ class SpanState:
             deviation=self.deviation,
             escalated=self.escalated,
         )
+
+
+def layer_groups(spans: Iterable[SpanState]) -> tuple[int, ...]:
+    """Edges of the finest groups in which any of the spans arrives."""
+    return max((state.groups for state in spans), key=len)
 
 
 def prompt_tokens(generation: Generation) -> np.ndarray:
@@ -133,6 +143,7 @@ class Sequence:
         self._prefix_taint: int | None = None
         self.has_kv = mode is not Mode.DECODE  # a DECODE sequence cannot run before its KV is there
         self.handover: Handover | None = None
+        self.streaming = False  # a pass ahead of admission is under way
         self.computed_rows = 0
         self.arrived = arrived
         self.admitted_at = arrived
@@ -159,6 +170,14 @@ class Sequence:
         """Positions below it may be computed: they precede every span that still needs a source."""
         if self.mode is Mode.DECODE:
             return self.num_tokens if self.has_kv else self.num_computed
+        for state in self.spans:
+            if state.needs_source or state.arriving:
+                return state.span.start + state.cached
+        return self.num_tokens
+
+    @property
+    def reach(self) -> int:
+        """Positions below it may be computed ahead of the admission of sources that are still arriving."""
         for state in self.spans:
             if state.needs_source:
                 return state.span.start + state.cached
@@ -189,6 +208,9 @@ class Sequence:
         """Note the source; the engine holds its extents in ``held`` and ``record``."""
         state = self.spans[index]
         state.source = source
+        state.groups = source.groups if isinstance(source, Reuse) else ()
+        state.arriving = bool(state.groups)
+        state.layers_here = 0
         variant = None
         embed_base = None if source.embedding is None else source.embedding.offset
         if isinstance(source, Compute):
@@ -239,16 +261,33 @@ class Sequence:
             if source.embedding is not None:
                 state.work = SpanWork(span.start, span.length, embed_base=source.embedding.offset)
         self.num_computed = max(self.spans[first].span.start, self.prefix_tokens)
-        approximated = [
-            state.span.start
-            for state in self.spans
-            if isinstance(state.source, Reuse) and (state.source.depths < self.num_layers).any()
-        ]
-        if self._prefix_taint is not None:
-            approximated.append(self._prefix_taint)
-        self.tainted_from = min(approximated, default=None)
+        self._find_taint()
         self._count_active()
         return escalated
+
+    def admit(self, index: int, kv: Extent, embedding: Extent | None) -> None:
+        """What was arriving is all there, and valid: ``kv`` is it, and ``embedding`` if that was arriving too."""
+        state = self.spans[index]
+        assert isinstance(state.source, Reuse) and state.work is not None
+        state.source = replace(state.source, kv=kv, groups=())
+        state.work.kv_base = kv.offset
+        state.held.append(kv)
+        if embedding is not None:
+            state.source = replace(state.source, embedding=embedding, rows_arrive=False)
+            state.work.embed_base = embedding.offset
+            state.held.append(embedding)
+        state.arriving, state.layers_here = False, self.num_layers
+
+    def withdraw(self, index: int) -> None:
+        """A source that was still arriving is lost: the span needs another one."""
+        state = self.spans[index]
+        state.source = state.work = None
+        state.arriving, state.layers_here = False, 0
+        self.watch_from = next((i for i in range(len(self.spans)) if len(self.probes(i))), None)
+        if self.chain is not None:
+            self.chain.set_variant(state.span.index, None)
+        self._find_taint()
+        self._count_active()
 
     def drop_record(self, index: int) -> Extent | None:
         """Stop recording a span; returns the extent to abort."""
@@ -260,7 +299,22 @@ class Sequence:
 
     def chunk(self, budget: int) -> ChunkWork | None:
         """The next positions to compute with at most ``budget`` rows; None if nothing can be computed."""
-        start, stop = self.num_computed, self.frontier
+        return None if self.streaming else self._chunk(self.frontier, budget)
+
+    def stream(self, budget: int) -> ChunkWork | None:
+        """The next positions to compute while the source of one of their spans is still arriving; None if there are
+        none, or if other requests may wait for a record among them."""
+        chunk = self._chunk(self.reach, budget)
+        if chunk is None or not self.arriving(chunk) or any(span.record_base is not None for span in chunk.spans):
+            return None
+        return chunk
+
+    def arriving(self, chunk: ChunkWork) -> list[SpanState]:
+        """Spans of the chunk whose source is not admitted yet."""
+        return [s for s in self.spans if s.arriving and s.span.start < chunk.end and s.span.end > chunk.start]
+
+    def _chunk(self, stop: int, budget: int) -> ChunkWork | None:
+        start = self.num_computed
         if start >= stop or budget < 1:
             return None
         if start >= self.num_prompt:
@@ -277,7 +331,7 @@ class Sequence:
 
     def stops_short(self, chunk: ChunkWork) -> bool:
         """True if the chunk ends only because a source is missing, and nobody but this request can wait for it."""
-        if chunk.end == self.num_prompt or chunk.end < self.frontier:
+        if chunk.end == self.num_prompt or chunk.end not in (self.frontier, self.reach):
             return False
         return all(span.record_base is None for span in chunk.spans)
 
@@ -316,6 +370,17 @@ class Sequence:
         works = [s.work for s in self.spans if s.work is not None and s.span.start < end and s.span.end > start]
         sample = end == self.num_tokens
         return ChunkWork(self.tokens, self.positions, self.block_table, start, end, sample, works, self._slots)
+
+    def _find_taint(self) -> None:
+        """Where approximation begins, from what the spans' sources are now."""
+        approximated = [
+            state.span.start
+            for state in self.spans
+            if isinstance(state.source, Reuse) and (state.source.depths < self.num_layers).any()
+        ]
+        if self._prefix_taint is not None:
+            approximated.append(self._prefix_taint)
+        self.tainted_from = min(approximated, default=None)
 
     def _count_active(self) -> None:
         active = np.ones(self.num_prompt, np.int64)

@@ -23,6 +23,7 @@ from vlcache_dist.kernels.ops import (
     silu_mul,
     swiglu,
     unpack_rows,
+    word_sums,
     write_kv,
 )
 
@@ -42,5 +43,6 @@ __all__ = [
     "unpack_rows",
     "uses_triton",
     "varlen_attention",
+    "word_sums",
     "write_kv",
 ]

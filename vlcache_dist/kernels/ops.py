@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vlcache_dist.kernels import activation, kv_write, norm, pack, rope
+from vlcache_dist.kernels import activation, checksum, kv_write, norm, pack, rope
 from vlcache_dist.kernels import linear as products
 from vlcache_dist.kernels import rotate_scatter as extents
 from vlcache_dist.kernels.dispatch import uses_triton
@@ -127,6 +127,15 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
         return gpu.silu_mul(gate_up)
     return activation.silu_mul_reference(gate_up)
+
+
+def word_sums(words: torch.Tensor) -> torch.Tensor:
+    """What a range of memory holds: int32 [n] -> int64 [2]. See ``checksum.word_sums_reference``."""
+    if uses_triton(words):
+        from vlcache_dist.kernels.gpu import checksum as gpu
+
+        return gpu.word_sums(words)
+    return checksum.word_sums_reference(words)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

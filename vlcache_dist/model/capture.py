@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -31,8 +32,11 @@ def captured(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 result = run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # a capture that failed ends with an error of its own
+                    graph.capture_end()
+                raise
+            graph.capture_end()
     finally:
         if collecting:
             gc.enable()

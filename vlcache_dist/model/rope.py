@@ -40,8 +40,9 @@ def mrope_positions(token_count: int, spans: Sequence[MediaSpan], config: ModelC
         text = span.start - cursor
         positions[:, cursor : span.start] = np.arange(position, position + text)
         position += text
-        axes = np.meshgrid(_temporal(span, t, config), np.arange(h), np.arange(w), indexing="ij")
-        positions[:, span.start : span.end] = position + np.stack(axes).reshape(3, -1)
+        temporal = _temporal(span, t, config)[:, None, None]
+        for row, axis in zip(positions, (temporal, np.arange(h)[:, None], np.arange(w)), strict=True):
+            row[span.start : span.end].reshape(t, h, w)[...] = position + axis
         position += max(h, w)
         cursor = span.end
     positions[:, cursor:] = np.arange(position, position + token_count - cursor)

@@ -3,7 +3,7 @@
 ::
 
     own store ─> a holder elsewhere (lease, READ, validate) ─> claim the key (single flight), compute, record, announce
-                                                              └─ somebody else computes it: wait, then start over
+                  └ the engine starts with the first layers    └─ somebody else computes it: wait, then start over
 
 Whatever fails falls one rung down, KV -> encoder output -> encoding again, and never to a wrong answer. A request
 that holds a claim never waits for another producer before its own claims are settled, so two requests with the same
@@ -15,7 +15,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +39,10 @@ from vlcache_dist.errors import (
 )
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
+from vlcache_dist.prefill_workers.arrival import Arrival, Incoming
 from vlcache_dist.prefill_workers.production import LocalProduction
 from vlcache_dist.reuse.plan import Plan
+from vlcache_dist.transfer.fetch import OnExtent, OnGroup
 from vlcache_dist.types import ContentKey, KVSource, MediaSpan, ObjectKind, ReuseMode
 
 log = logging.getLogger(__name__)
@@ -71,13 +75,91 @@ class SpanResolver:
         self._claims: set[ContentKey] = set()
         self._settled = asyncio.Event()
         self._settled.set()
+        self._open: set[int] = set()  # spans without a source, or whose source is still arriving
+        self._known: dict[tuple[ObjectKind, ContentKey], tuple[wire.Holder, ...]] = {}  # each used once
+        self._ahead: dict[ContentKey, Arrival] = {}
+        self._heading: asyncio.Task[None] | None = None
+
+    def head_start(self) -> None:
+        """Begin to fetch what other workers hold, while the engine admits the request. A span that turns out to lie in
+        the prefix cache is fetched in vain."""
+        if self._generation.reuse is ReuseMode.APPROX:
+            self._heading = asyncio.create_task(self._head_start())
+
+    async def stop(self) -> None:
+        """End what was begun and is not used; nothing is begun afterwards. Idempotent."""
+        if self._heading is not None:
+            self._heading.cancel()
+            await asyncio.gather(self._heading, return_exceptions=True)
+        while self._ahead:
+            _, arrival = self._ahead.popitem()
+            await arrival.close()
+
+    async def _head_start(self) -> None:
+        missing: dict[ContentKey, MediaSpan] = {}
+        for span in self._generation.spans:
+            if self._plan.is_full(span.length, self._node.layout.num_layers):
+                continue
+            if self._node.store.lookup(ObjectKind.KV, span.key) is None:
+                missing.setdefault(span.key, span)
+        if not missing:
+            return
+        states = await self._node.lookup(list(missing))
+        for (key, span), state in zip(missing.items(), states, strict=True):
+            for kind in (ObjectKind.KV, ObjectKind.EMBEDDING):
+                self._known[kind, key] = self._node.holders_in(state, kind)
+            others = [h for h in self._known[ObjectKind.KV, key] if h.worker_id != self._node.worker_id]
+            if others:
+                self._ahead[key] = self._order(span, others[0])
+
+    async def _holders(self, kind: ObjectKind, key: ContentKey) -> tuple[wire.Holder, ...]:
+        known = self._known.pop((kind, key), None)
+        return await self._node.holders(kind, key) if known is None else known
 
     async def run(self, needed: Sequence[int]) -> None:
-        """Resolve the spans ``needed``, in order. Raises the error that ends the request."""
-        for index in needed:
-            source = await self._resolve(index, self._generation.spans[index])
+        """Resolve the spans ``needed``, in order; what arrives meanwhile is followed to its end. Raises the error that
+        ends the request."""
+        self._open = set(needed)
+        following: list[asyncio.Task[None]] = []
+        try:
+            for index in needed:
+                tried: set[bytes] = set()
+                arrival = await self._place(index, tried)
+                if arrival is not None:
+                    following.append(asyncio.create_task(self._follow(index, arrival, tried)))
+            await self.stop()
+            await asyncio.gather(*following)
+        finally:
+            for task in following:
+                task.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
+
+    async def _place(self, index: int, tried: set[bytes]) -> Arrival | None:
+        """Give the engine a source for the span; if it is still arriving, returns what must be followed."""
+        source, arrival = await self._resolve(index, self._generation.spans[index], tried)
+        try:
             # From here on the source is the engine's to give back, whatever becomes of this task.
             await asyncio.shield(asyncio.ensure_future(self._provide(index, source)))
+        except BaseException:
+            if arrival is not None:
+                await arrival.close()
+            raise
+        if arrival is None:
+            self._open.discard(index)
+        return arrival
+
+    async def _follow(self, index: int, arrival: Arrival | None, tried: set[bytes]) -> None:
+        """Until the engine has a source that is all there: what arrives in vain is replaced."""
+        while arrival is not None:
+            try:
+                error = await arrival.follow(self._on_engine, self._generation.request_id, index)
+            finally:
+                await arrival.close()
+            if error is None:
+                self._open.discard(index)
+                return
+            log.warning("KV of item %d did not arrive from %s: %s", index, arrival.holder.worker_id, error)
+            arrival = await self._place(index, tried)
 
     async def _provide(self, index: int, source: Compute | Reuse) -> None:
         try:
@@ -88,14 +170,19 @@ class SpanResolver:
 
     def _give_back(self, source: Compute | Reuse) -> None:
         store = self._node.store
-        for extent in (source.embedding, source.kv if isinstance(source, Reuse) else None):
+        kv = source.kv if isinstance(source, Reuse) and not source.groups else None
+        embedding = None if isinstance(source, Reuse) and source.rows_arrive else source.embedding
+        for extent in (embedding, kv):
             if extent is not None:
-                store.unpin(extent)
-                if extent.kind is ObjectKind.STAGING:
-                    store.discard(extent)
+                self._let_go(extent)
         if isinstance(source, Compute) and source.record is not None:
             store.abort(source.record)
             self._give_up(source.record.key)
+
+    def _let_go(self, extent: Extent) -> None:
+        self._node.store.unpin(extent)
+        if extent.kind is ObjectKind.STAGING:
+            self._node.store.discard(extent)
 
     def settle(self, key: ContentKey) -> None:
         """The engine recorded the span, or dropped the record: this request's claim on ``key`` is over."""
@@ -112,21 +199,23 @@ class SpanResolver:
 
     # -- one span -----------------------------------------------------------------------------------------------
 
-    async def _resolve(self, index: int, span: MediaSpan) -> Compute | Reuse:
+    async def _resolve(self, index: int, span: MediaSpan, tried: set[bytes]) -> tuple[Compute | Reuse, Arrival | None]:
+        """A source; and if it is still arriving, its arrival. ``tried``: attempts that were in vain."""
         if self._generation.reuse is ReuseMode.OFF:
-            return Compute(await self._embedding(span))
+            return Compute(await self._embedding(span)), None
         allowed = await self._on_engine(lambda engine: engine.recordable(self._generation.request_id, index))
         if self._generation.reuse is ReuseMode.EXACT or self._plan.is_full(span.length, self._node.layout.num_layers):
             record = self._record_extent(span) if allowed and await self._claim(span.key) else None
-            return await self._compute(span, record)
-        tried: set[bytes] = set()
+            return await self._compute(span, record), None
+        # What was withdrawn behind a span that is open itself claims nothing: that one may wait for a producer.
+        allowed = allowed and min(self._open, default=index) == index
         while True:
-            if (reuse := await self._from_stores(span, tried)) is not None:
-                return reuse
+            if (found := await self._from_stores(span, tried)) is not None:
+                return found
             if allowed and await self._claim(span.key):
-                return await self._compute(span, self._record_extent(span))
+                return await self._compute(span, self._record_extent(span)), None
             if not await self._wait_for_producer(span.key, tried):
-                return await self._compute(span, None)
+                return await self._compute(span, None), None
 
     async def _compute(self, span: MediaSpan, record: Extent | None) -> Compute:
         try:
@@ -137,38 +226,94 @@ class SpanResolver:
                 self._give_up(span.key)
             raise
 
-    async def _from_stores(self, span: MediaSpan, tried: set[bytes]) -> Reuse | None:
+    async def _from_stores(self, span: MediaSpan, tried: set[bytes]) -> tuple[Reuse, Arrival | None] | None:
         """KV from the own store or from any announced holder that was not tried in vain."""
+        if self._heading is not None and not self._heading.done():
+            await asyncio.wait({self._heading})
         if (kv := self._node.store.lookup(ObjectKind.KV, span.key, pin=True)) is not None:
-            return await self._reuse(span, kv, KVSource.LOCAL)
-        for holder in await self._node.holders(ObjectKind.KV, span.key):
+            try:
+                return self._reuse(span, kv, await self._rows(span)), None
+            except BaseException:
+                self._node.store.unpin(kv)
+                raise
+        for holder in await self._holders(ObjectKind.KV, span.key):
             if holder.worker_id == self._node.worker_id or self._attempt(holder) in tried:
                 continue
             tried.add(self._attempt(holder))
-            try:
-                kv = await self._node.fetch(holder, ObjectKind.KV, span)
-            except VLCacheError as error:
-                log.warning("KV of %s not had from %s: %s", span.key.hex()[:16], holder.worker_id, error)
-                continue
-            return await self._reuse(span, kv, KVSource.REMOTE, holder.worker_id)
+            if (found := await self._from_holder(span, holder)) is not None:
+                return found
         return None
 
-    async def _reuse(self, span: MediaSpan, kv: Extent, source: KVSource, holder: str = "") -> Reuse:
-        """A source from a pinned KV object, with the encoder output of the rows to recompute."""
-        layout = self._node.layout
-        moved = kv.elements * layout.itemsize * layout.tp_size if source is KVSource.REMOTE else 0
-        embedding = None
+    def _order(self, span: MediaSpan, holder: wire.Holder) -> Arrival:
+        """Begin to fetch a span's KV, and at the same time the encoder output of the rows to recompute."""
+        node = self._node
+
+        def fetch(on_group: OnGroup, on_extent: OnExtent) -> Coroutine[Any, Any, Extent | None]:
+            return node.fetch(holder, ObjectKind.KV, span, on_group=on_group, on_extent=on_extent)
+
+        def rows(on_group: OnGroup, on_extent: OnExtent) -> Coroutine[Any, Any, Extent | None]:
+            return self._rows(span, (on_group, on_extent))
+
+        groups = node.layer_groups(holder, span)
+        return Arrival(holder, groups, Incoming(fetch, self._let_go), Incoming(rows, self._let_go))
+
+    async def _from_holder(self, span: MediaSpan, holder: wire.Holder) -> tuple[Reuse, Arrival | None] | None:
+        """KV from elsewhere, as soon as it is on its way. None if the holder does not deliver."""
+        if span.key in self._ahead and self._ahead[span.key].holder == holder:
+            arrival = self._ahead.pop(span.key)
+        else:
+            arrival = self._order(span, holder)
+        kv, rows = arrival.kv, arrival.rows
+        streamed = False
         try:
-            depths = self._plan.depths(span.length, self._node.layout.num_layers)
-            recomputed = np.flatnonzero(depths)
-            if len(recomputed):
-                # A canary may ask for the whole span.
-                rows = span.length if self._plan.canary is not None else int(recomputed[-1]) + 1
-                embedding = await self._embedding(span, rows)
-        except BaseException:
-            self._node.store.unpin(kv)
-            raise
-        return Reuse(kv, depths, embedding, source, moved, holder, self._plan.canary)
+            await kv.begun()
+            if kv.extent is not None:
+                await rows.begun()
+            try:
+                embedding = await rows.valid() if rows.over else rows.extent
+                if kv.over or kv.extent is None or not arrival.groups:
+                    extent = await kv.valid()
+                    embedding = await rows.valid()
+                else:
+                    extent, streamed = kv.extent, True
+            except VLCacheError as error:
+                if rows.over and rows.extent is None and kv.extent is not None:
+                    raise  # no encoder output is to be had from anywhere
+                log.warning("KV of %s not had from %s: %s", span.key.hex()[:16], holder.worker_id, error)
+                return None
+            assert extent is not None
+            arriving = streamed and not rows.over
+            if not arriving:
+                rows.take()
+            if not streamed:
+                kv.take()
+                return self._reuse(span, extent, embedding, holder.worker_id), None
+            source = self._reuse(span, extent, embedding, holder.worker_id)
+            return replace(source, groups=arrival.groups, rows_arrive=arriving), arrival
+        finally:
+            if not streamed:
+                await arrival.close()
+
+    async def _rows(self, span: MediaSpan, watch: tuple[OnGroup, OnExtent] | None = None) -> Extent | None:
+        """Encoder output of what the plan recomputes, pinned; None if that is nothing. ``watch``: ``_embedding``."""
+        recomputed = np.flatnonzero(self._plan.depths(span.length, self._node.layout.num_layers))
+        if not len(recomputed):
+            return None
+        # A canary may ask for the whole span.
+        rows = span.length if self._plan.canary is not None else int(recomputed[-1]) + 1
+        return await self._embedding(span, rows, watch)
+
+    def _reuse(self, span: MediaSpan, kv: Extent, embedding: Extent | None, holder: str = "") -> Reuse:
+        layout = self._node.layout
+        return Reuse(
+            kv,
+            self._plan.depths(span.length, layout.num_layers),
+            embedding,
+            KVSource.REMOTE if holder else KVSource.LOCAL,
+            kv.elements * layout.itemsize * layout.tp_size if holder else 0,
+            holder,
+            self._plan.canary,
+        )
 
     # -- single flight ------------------------------------------------------------------------------------------
 
@@ -228,13 +373,16 @@ class SpanResolver:
 
     # -- encoder output -----------------------------------------------------------------------------------------
 
-    async def _embedding(self, span: MediaSpan, rows: int | None = None) -> Extent:
+    async def _embedding(
+        self, span: MediaSpan, rows: int | None = None, watch: tuple[OnGroup, OnExtent] | None = None
+    ) -> Extent:
         """The span's encoder output (its first ``rows`` rows at least), pinned. While a store is full of what running
-        requests hold, this waits for them."""
+        requests hold, this waits for them. ``watch`` is told of the first fetch, as by ``Node.fetch``; if that fails
+        after it was told of an extent, so does this."""
         pause = FIRST_PAUSE_S
         while True:
             try:
-                return await self._embedding_now(span, rows)
+                return await self._embedding_now(span, rows, watch)
             except StoreFull as error:
                 if time.monotonic() + pause > self._deadline:
                     raise Overloaded(f"no room for item {span.index}: {error}") from error
@@ -242,20 +390,28 @@ class SpanResolver:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    async def _embedding_now(self, span: MediaSpan, rows: int | None) -> Extent:
+    async def _embedding_now(self, span: MediaSpan, rows: int | None, watch: tuple[OnGroup, OnExtent] | None) -> Extent:
         """From the own store, a holder, or an encoder. Raises StoreFull if lack of room was all that was wrong."""
         if (extent := self._node.store.lookup(ObjectKind.EMBEDDING, span.key, pin=True)) is not None:
             return extent
         failures: list[VLCacheError] = []
         if self._generation.reuse is not ReuseMode.OFF:
-            for holder in await self._node.holders(ObjectKind.EMBEDDING, span.key):
+            for holder in await self._holders(ObjectKind.EMBEDDING, span.key):
                 if holder.worker_id == self._node.worker_id:
                     continue
+                begun: list[Extent] = []
+                on_group, on_extent = None, None
+                if watch is not None:
+                    on_group, on_extent = watch[0], _both(begun.append, watch[1])
                 try:
-                    return await self._node.fetch(holder, ObjectKind.EMBEDDING, span, rows=rows)
+                    return await self._node.fetch(
+                        holder, ObjectKind.EMBEDDING, span, rows=rows, on_group=on_group, on_extent=on_extent
+                    )
                 except StoreFull:
                     raise
                 except VLCacheError as error:
+                    if begun:
+                        raise
                     failures.append(error)
         for address in list(self._encoders(span.key))[:ENCODE_ATTEMPTS]:
             for _ in range(ENCODE_ATTEMPTS):
@@ -288,3 +444,11 @@ class SpanResolver:
         if private:
             self._node.forget(address, ObjectKind.EMBEDDING, span.key)
         return extent
+
+
+def _both(first: OnExtent, second: OnExtent) -> OnExtent:
+    def tell(extent: Extent) -> None:
+        first(extent)
+        second(extent)
+
+    return tell

@@ -85,6 +85,7 @@ class PrefillWorker:
         stats = await self._bridge.call(lambda engine: engine.stats())
         return {
             "engine": msgspec.to_builtins(stats),
+            "kv_bytes": self.engine.runner.pages.nbytes,
             "parked": len(self._parked),
             "producing": len(self._production),
             "pass_s": self._speed.pass_s,
@@ -113,6 +114,8 @@ class PrefillWorker:
         finished = False
         mode = Mode.GENERATE if self.node.role is Role.COLOCATED else Mode.PREFILL
         try:
+            if self.engine.stats().waiting == 0:
+                resolver.head_start()
             await self._bridge.call(lambda engine: engine.add(generation, time.monotonic(), mode))
             while True:
                 event = await self._next(queue, deadline, resolving)
@@ -152,6 +155,7 @@ class PrefillWorker:
         if resolving is not None:
             resolving.cancel()
             await asyncio.gather(resolving, return_exceptions=True)
+        await resolver.stop()
         if not finished:
             await self._abort(request_id)
         self._bridge.shut(request_id)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -34,15 +34,19 @@ from vlcache_dist.errors import (
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.kv.object_store import Extent, ObjectStore
 from vlcache_dist.transfer.base import PeerInfo, Piece, Transport
+from vlcache_dist.transfer.link import PROBE_SIZES, Link, group_edges, landing_times, link_floor
 from vlcache_dist.transfer.reader import ExtentReader
 from vlcache_dist.types import ContentKey, ObjectKind, WorkerId
 
 log = logging.getLogger(__name__)
 
+DEFAULT_GROUP_BYTES = 16 << 20  #: from a peer that was not probed
+PROBES = 3  #: READs per size, when peers meet
 LEASE_SHARE = 0.9  #: of a lease's time, counted from when it was asked for, in which a READ must end
 
 
 CallPeer = Callable[..., Awaitable[wire.Message]]  #: (address, message, *, timeout_s): ``RpcClient.call`` in production
+OnExtent = Callable[[Extent], None]  #: where the object will be
 OnGroup = Callable[[Extent, int, int], None]  #: (extent, layer_start, layer_stop): those layers have arrived
 
 
@@ -50,19 +54,23 @@ OnGroup = Callable[[Extent, int, int], None]  #: (extent, layer_start, layer_sto
 class FetchLimits:
     """``transfer_s``, the reader's own deadline, must be shorter than ``lease_s``. ``control_s``: one small call.
     ``verify_across_hosts``: checksum what comes from another host; ``verify_on_host``: and from this one.
-    ``group_bytes``: the least that a group of layers is worth reading by itself."""
+    ``group_bytes``: the least that a group of layers is worth reading by itself; None: what the link's curve says.
+    A group that takes longer than ``group_slack`` times what the curve says, and ``group_grace_s`` besides, ends the
+    fetch: computing the image is better than waiting."""
 
     lease_s: float = 10.0
     transfer_s: float = 5.0
     control_s: float = 2.0
     verify_across_hosts: bool = True
     verify_on_host: bool = False
-    group_bytes: int = 16 << 20
+    group_bytes: int | None = None
+    group_slack: float = 8.0
+    group_grace_s: float = 0.5
 
     def __post_init__(self) -> None:
         if self.transfer_s >= self.lease_s:
             raise ValueError(f"a READ of up to {self.transfer_s} s outlasts a lease of {self.lease_s} s")
-        if self.group_bytes < 1:
+        if self.group_bytes is not None and self.group_bytes < 1:
             raise ValueError(f"groups of {self.group_bytes} bytes")
 
 
@@ -70,8 +78,30 @@ class FetchLimits:
 class _Flight:
     """A fetch that several callers wait for. The object it brings stays pinned until the last has left."""
 
-    task: asyncio.Task[Extent]
+    task: asyncio.Task[Extent] | None = None
     waiting: int = 0
+    extent: Extent | None = None
+    groups: list[tuple[Extent, int, int]] = field(default_factory=list)  # that have landed
+    listeners: list[tuple[OnGroup, OnExtent | None]] = field(default_factory=list)
+
+    def begun(self, extent: Extent) -> None:
+        self.extent = extent
+        for _, on_extent in self.listeners:
+            if on_extent is not None:
+                on_extent(extent)
+
+    def landed(self, extent: Extent, start: int, stop: int) -> None:
+        self.groups.append((extent, start, stop))
+        for on_group, _ in self.listeners:
+            on_group(extent, start, stop)
+
+    def listen(self, on_group: OnGroup, on_extent: OnExtent | None) -> None:
+        """Hear of what has happened and of what is to come."""
+        if self.extent is not None and on_extent is not None:
+            on_extent(self.extent)
+        for group in self.groups:
+            on_group(*group)
+        self.listeners.append((on_group, on_extent))
 
 
 class Fetcher:
@@ -95,6 +125,7 @@ class Fetcher:
         self._clock = clock
         self._reader = ExtentReader(store, transport, clock)
         self._peers: dict[WorkerId, PeerInfo] = {}
+        self._links: dict[WorkerId, Link] = {}
         self._flights: dict[tuple[ObjectKind, ContentKey, bytes, bool], _Flight] = {}
         self.bytes_read = 0
         self.reads = 0
@@ -111,34 +142,40 @@ class Fetcher:
         exact_variant: bool = False,
         meta: Any = None,
         on_group: OnGroup | None = None,
+        on_extent: OnExtent | None = None,
     ) -> Extent:
         """The holder's object in the own store, committed and pinned once for the caller.
 
         ``elements``: its whole size. ``prefix``: only so many leading elements, in a staging extent (committed,
         pinned). ``exact_variant``: no other variant will do.
 
-        ``on_group`` (KV only): called on the way, group by group in order of layers, so that computing on the first
-        ones can start. What it is told is *not admitted yet*: results count only if this call returns, and if it
-        raises, the extent is no longer the caller's. A caller that joins another's fetch hears of all layers at once.
+        ``on_group``: called on the way, group by group in order of layers, so that computing on the first ones can
+        start; what has no layers is one group. What it is told is *not admitted yet*: results count only if this call
+        returns, and if it raises, the extent is no longer the caller's. A caller that joins another's fetch hears of
+        the same groups; of all layers at once, and at the end, if the other did not ask for groups. ``on_extent``, only
+        with ``on_group``: called when the READs are about to begin, so that what is to be computed can be prepared.
 
         Raises CacheError, WorkerLost, DeadlineExceeded or ProtocolError.
         """
-        if on_group is not None and kind is not ObjectKind.KV:
-            raise ValueError(f"{kind} objects have no layers")
         if prefix is not None and prefix < elements:
+            watch = None
             if on_group is not None:
-                raise ValueError("a prefix has no layers")
-            return await self._counted(self._fetch(holder, kind, key, elements, prefix, exact_variant, meta, None))
+                watch = _Flight()
+                watch.listen(on_group, on_extent)
+            return await self._counted(self._fetch(holder, kind, key, elements, prefix, exact_variant, meta, watch))
         name = (kind, key, holder.variant, exact_variant)
         flight = self._flights.get(name)
-        leads = flight is None
         if flight is None:
-            task = asyncio.create_task(
-                self._counted(self._fetch(holder, kind, key, elements, None, exact_variant, meta, on_group))
+            flight = self._flights[name] = _Flight()
+            landed = None if on_group is None else flight
+            flight.task = asyncio.create_task(
+                self._counted(self._fetch(holder, kind, key, elements, None, exact_variant, meta, landed))
             )
-            task.add_done_callback(_retrieve)
-            flight = self._flights[name] = _Flight(task)
+            flight.task.add_done_callback(_retrieve)
+        if on_group is not None:
+            flight.listen(on_group, on_extent)
         flight.waiting += 1
+        assert flight.task is not None
         try:
             extent = await asyncio.shield(flight.task)
             self._store.pin(extent)
@@ -148,7 +185,9 @@ class Fetcher:
                 del self._flights[name]
             if not flight.waiting:
                 self._end(flight)
-        if on_group is not None and not leads:
+            if on_group is not None:
+                flight.listeners.remove((on_group, on_extent))
+        if on_group is not None and not flight.groups:
             on_group(extent, 0, self._layout.num_layers)
         return extent
 
@@ -157,29 +196,47 @@ class Fetcher:
         FILLING: the caller's to abort once it is unpacked. The lease stays the holder's to end. Raises as ``fetch``."""
         return await self._counted(self._fetch_staging(worker_id, address, lease))
 
-    async def introduce(self, worker_id: WorkerId, address: str, nbytes: int) -> float:
-        """Shake hands with a peer and read ``nbytes`` of its arena, whatever they hold, so that the first real READ
-        finds the way made. Returns bytes/s of a second, equal READ. Raises as ``fetch``."""
+    async def introduce(self, worker_id: WorkerId, address: str, sizes: Sequence[int] = PROBE_SIZES) -> Link:
+        """Shake hands with a peer and read so many bytes of its arena, whatever they hold, so that the first real READ
+        finds the way made. Returns the fastest of ``PROBES`` equal READs per size. Sizes for which there is no free
+        room here (nothing is evicted for a probe), or that the peer's arena does not have, are left out. Raises as
+        ``fetch``."""
         peer = await self._connect(worker_id, address)
-        elements = min(nbytes, peer.nbytes) // self._layout.itemsize
-        seconds = 0.0
-        for _ in range(2):
-            extent = self._store.stage(elements, self._clock(), transfer=True)
-            started = self._clock()
-            await self._read(peer, extent, 0, started + self._limits.transfer_s)
-            seconds = self._clock() - started
-            self._store.abort(extent)
-        return elements * self._layout.itemsize / max(seconds, 1e-9)
+        itemsize, points = self._layout.itemsize, []
+        room = min(peer.nbytes // itemsize, self._store.stats().largest_free, self._store.max_quarantine // 2)
+        fitting = [size for size in sizes if size // itemsize <= room]
+        for nbytes in fitting or [max(room, 1) * itemsize]:
+            times = []
+            for _ in range(PROBES):
+                extent = self._store.stage(nbytes // itemsize, self._clock(), transfer=True)
+                started = self._clock()
+                await self._read(peer, extent, 0, started + self._limits.transfer_s)
+                times.append(max(self._clock() - started, 1e-9))
+                self._store.abort(extent)
+            points.append((nbytes, min(times)))
+        ours = self._transport.info
+        floor = link_floor(ours.device, peer.device, same_host=ours.host == peer.host)
+        link = self._links[worker_id] = Link(tuple(points), floor)
+        return link
+
+    def layer_groups(self, worker_id: WorkerId, elements: int) -> tuple[int, ...]:
+        """Edges of the groups of layers in which ``fetch`` with ``on_group`` reads a KV object from that worker."""
+        link = self._links.get(worker_id)
+        group_bytes = self._limits.group_bytes
+        if group_bytes is None:
+            group_bytes = DEFAULT_GROUP_BYTES if link is None else link.group_bytes
+        return group_edges(self._layout.num_layers, elements * self._layout.itemsize, group_bytes)
 
     def forget_peer(self, worker_id: WorkerId) -> None:
         """A worker is gone: the next fetch from that id shakes hands anew."""
+        self._links.pop(worker_id, None)
         peer = self._peers.pop(worker_id, None)
         if peer is not None:
             self._transport.disconnect(peer.agent)
 
     async def close(self) -> None:
         """End what is under way; callers that still wait see CancelledError."""
-        tasks = [flight.task for flight in self._flights.values()]
+        tasks = [flight.task for flight in self._flights.values() if flight.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -196,7 +253,7 @@ class Fetcher:
         prefix: int | None,
         exact_variant: bool,
         meta: Any,
-        on_group: OnGroup | None,
+        flight: _Flight | None,
     ) -> Extent:
         peer = await self._connect(holder.worker_id, holder.address)
         itemsize = self._layout.itemsize
@@ -225,10 +282,13 @@ class Fetcher:
             else:
                 extent = self._store.stage(prefix, self._clock(), transfer=True)
             deadline = min(self._clock() + self._limits.transfer_s, asked_at + lease.ttl_s * LEASE_SHARE)
-            await self._read(peer, extent, lease.offset, deadline, on_group)
+            if flight is not None:
+                flight.begun(extent)
+            await self._read(peer, extent, lease.offset, deadline, None if flight is None else flight.landed)
         except BaseException:
             self._reader.spawn(self._let_go(holder.address, lease))
             raise
+        released: wire.Released | None = None
         try:
             released = await self._ask(holder.address, wire.Release(lease.lease_id, lease.generation), wire.Released)
             if not released.valid:
@@ -237,6 +297,8 @@ class Fetcher:
                 await self._verify(extent, lease.checksum, holder.worker_id)
         except BaseException:
             self._store.abort(extent)
+            if released is None:  # a caller that leaves now may have taken the word back before the holder heard it
+                self._reader.spawn(self._let_go(holder.address, lease))
             raise
         whole = verify and prefix is None
         return self._store.commit(extent, pin=True, checksum=lease.checksum if whole else None)
@@ -262,11 +324,15 @@ class Fetcher:
         """READ all of ``extent`` from byte ``offset`` of the peer's arena; if it fails, the extent is gone."""
         itemsize = self._layout.itemsize
         groups: list[tuple[int, int]] = []
-        ranges = [(0, extent.elements)]
-        if on_group is not None:
-            groups = self._groups(extent)
+        ranges, deadlines = [(0, extent.elements)], [deadline]
+        if on_group is not None and extent.kind is not ObjectKind.KV:
+            groups = [(0, self._layout.num_layers)]
+        elif on_group is not None:
+            edges = self.layer_groups(peer.worker_id, extent.elements)
+            groups = list(pairwise(edges))
             num_tokens = extent.elements // self._layout.kv_token
             ranges = [self._layout.layer_range(num_tokens, start, stop) for start, stop in groups]
+            deadlines = self._group_deadlines(peer, edges, extent.elements * itemsize, deadline)
         pieces = [
             Piece(offset + start * itemsize, (extent.offset + start) * itemsize, length * itemsize)
             for start, length in ranges
@@ -277,19 +343,22 @@ class Fetcher:
                 on_group(extent, *groups[index])
 
         try:
-            await self._reader.read(peer, extent, pieces, deadline, landed)
+            await self._reader.read(peer, extent, pieces, deadlines, landed)
         except (TransferFailed, TransferTimeout):
             self._peers.pop(peer.worker_id, None)
             raise
         self.bytes_read += extent.elements * itemsize
         self.reads += 1
 
-    def _groups(self, extent: Extent) -> list[tuple[int, int]]:
-        """Layers of a KV extent in runs of at least ``group_bytes``, as equal as they can be."""
-        layers = self._layout.num_layers
-        count = max(1, min(layers, extent.elements * self._layout.itemsize // self._limits.group_bytes))
-        edges = [layers * i // count for i in range(count + 1)]
-        return list(pairwise(edges))
+    def _group_deadlines(self, peer: PeerInfo, edges: Sequence[int], nbytes: int, deadline: float) -> list[float]:
+        link = self._links.get(peer.worker_id)
+        if link is None:
+            return [deadline] * (len(edges) - 1)
+        now, limits = self._clock(), self._limits
+        return [
+            min(deadline, now + limits.group_grace_s + limits.group_slack * seconds)
+            for seconds in landing_times(edges, nbytes, link)
+        ]
 
     def _must_verify(self, peer: PeerInfo) -> bool:
         same_host = peer.host == self._transport.info.host
@@ -350,6 +419,7 @@ class Fetcher:
 
     def _end(self, flight: _Flight) -> None:
         """Nobody waits any more: drop the flight's own pin, or the fetch."""
+        assert flight.task is not None
         if not flight.task.done():
             flight.task.cancel()
         elif not flight.task.cancelled() and flight.task.exception() is None:

@@ -11,6 +11,7 @@ from vlcache_dist.errors import TransferFailed, TransferTimeout
 from vlcache_dist.kv.object_store import Extent, ObjectStore
 from vlcache_dist.transfer.base import PeerInfo, Piece, Transfer, Transport
 
+WINDOW = 2  #: READs of one object under way at a time
 QUARANTINE_POLL_S = 0.05
 TRANSPORT_GRACE_S = 1.0  #: a transport that is so late to say that time is up is not waited for
 
@@ -29,21 +30,22 @@ class ExtentReader:
         peer: PeerInfo,
         extent: Extent,
         pieces: Sequence[Piece],
-        deadline: float,
+        deadlines: Sequence[float],
         landed: Callable[[int], None] | None = None,
     ) -> None:
-        """READ the pieces into a FILLING extent, each as a transfer of its own; all are under way at once, and
-        ``landed(i)`` is called in their order. ``deadline`` is a time of the clock.
+        """READ the pieces into a FILLING extent, each as a transfer of its own, ``WINDOW`` of them at a time: enough to
+        keep the wire busy, few enough for the first to arrive first. ``landed(i)`` is called in their order.
+        ``deadlines`` are times of the clock, one per piece, ascending.
 
         Raises TransferFailed or TransferTimeout; the extent is then aborted, or quarantined until every transfer is
         terminal, and no longer the caller's.
         """
         transfers: list[Transfer] = []
         try:
-            for piece in pieces:
-                transfers.append(self._start(peer, piece, deadline))
-            for index, transfer in enumerate(transfers):
-                await self._wait(transfer, deadline)
+            for index, deadline in enumerate(deadlines):
+                while len(transfers) < min(index + WINDOW, len(pieces)):
+                    transfers.append(self._start(peer, pieces[len(transfers)], deadlines[len(transfers)]))
+                await self._wait(transfers[index], deadline)
                 if landed is not None:
                     landed(index)
         except BaseException:
