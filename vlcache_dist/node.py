@@ -359,7 +359,7 @@ class Node(FrontNode):
                     if extent.meta is not None:
                         self._directory.retract(extent.key, extent.kind, extent.variant)
                 self._meet_peers()
-                if not self.healthy and not self._draining:
+                if not self._health() and not self._draining:
                     log.error("%s is not healthy, and takes no more requests", self.worker_id)
                     self._draining = self._directory.draining = True
             except Exception:

@@ -33,7 +33,8 @@ async def test_shards_fetch_through_nixl_and_a_killed_follower_ends_its_worker_a
         asked = [
             asyncio.create_task(pools.ask(f"{word} finds it.\n", image, fact.question)) for word in ("A", "B", "C", "D")
         ]
-        await pools.until(lambda: lost.engine.stats().running > 0)
+        # Placement may have sent all of them elsewhere; then it dies idle.
+        await pools.until(lambda: lost.engine.stats().running > 0 or all(task.done() for task in asked))
         followers(lost)[0].kill()
         await pools.until(lambda: not lost.node.healthy, 5.0)
         answers = await asyncio.gather(*asked, return_exceptions=True)
@@ -41,7 +42,7 @@ async def test_shards_fetch_through_nixl_and_a_killed_follower_ends_its_worker_a
         assert left.node.healthy
         assert all(handle.wait(5.0) for handle in followers(lost)), pids
         await pools.until(lambda: any(m.info.draining for m in pools.frontend.node.members()))
-        with pytest.raises(WorkerLost, match="shard 1"):
+        with pytest.raises(WorkerLost, match="tensor-parallel worker: "):
             await asyncio.wait_for(lost._bridge.call(lambda engine: engine.stats()), 5.0)
         again = await pools.ask("E finds it.\n", image, fact.question)
         assert (again.text, again.done.vlcache["prefill_worker"]) == (fact.answer, "prefill-1")

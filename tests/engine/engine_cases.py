@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -22,8 +22,8 @@ from vlcache_dist.engine.api import (
     SpanRecorded,
     TokenEvent,
 )
+from vlcache_dist.engine.build import MakeRunner, make_whole_runner
 from vlcache_dist.engine.engine import Engine, EngineConfig, new_variant
-from vlcache_dist.engine.runner import Runner
 from vlcache_dist.errors import StoreFull
 from vlcache_dist.kv.arena import Arena, allocate_pages
 from vlcache_dist.kv.layout import KVLayout
@@ -93,7 +93,7 @@ class World:
         max_waiting: int = 64,
         model: LanguageModel | None = None,
         tp_size: int = 1,
-        make_runner: Callable[[LanguageModel, torch.Tensor, Arena], Runner] = Runner,
+        make_runner: MakeRunner = make_whole_runner,
     ) -> None:
         self.config = config or model_config()
         torch_dtype = getattr(torch, dtype)
@@ -106,11 +106,13 @@ class World:
         self.arena.tensor.fill_(float("nan"))  # whatever is read before it is written shows
         self.store = ObjectStore(self.arena.tensor.numel(), alignment=self.arena.alignment)
         self.pages = allocate_pages(self.layout, num_blocks, block_size, "cpu")
+        runner, streamer = make_runner(self.model, self.pages, self.arena)
         self.engine = Engine(
             EngineConfig(block_size, max_batch_tokens, max_running, max_waiting, 4096),
             self.config,
-            make_runner(self.model, self.pages, self.arena),
+            runner,
             self.store,
+            streamer,
         )
         self.rng = np.random.default_rng(seed)
         self.grids: dict[str, tuple[int, int, int]] = {}

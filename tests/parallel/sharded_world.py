@@ -22,6 +22,7 @@ from vlcache_dist.parallel.build import open_arenas
 from vlcache_dist.parallel.collective import Collective, host_store
 from vlcache_dist.parallel.group import ShardGroup
 from vlcache_dist.parallel.runner import ShardedRunner
+from vlcache_dist.parallel.streaming import ShardedStreamer
 
 sys.path.append(str(Path(__file__).parents[1] / "engine"))
 from engine_cases import World, model_config, random_model
@@ -88,7 +89,9 @@ def sharded_world(
     group = ShardGroup(launcher, size)
     try:
 
-        def make_runner(model: LanguageModel, own_pages: torch.Tensor, own_arena: Arena) -> ShardedRunner:
+        def make_runner(
+            model: LanguageModel, own_pages: torch.Tensor, own_arena: Arena
+        ) -> tuple[ShardedRunner, ShardedStreamer]:
             pages[0], arenas[0] = own_pages, own_arena
             open_arenas(group, own_arena.tensor, own_arena.layout)
             store = host_store("127.0.0.1")
@@ -96,7 +99,8 @@ def sharded_world(
             collective = group.meet(lambda: Collective(store, "127.0.0.1", 0, size, torch.device("cpu")))
             group.confirm(protocol.Loaded)
             shards.append(collective)
-            return ShardedRunner(shard, own_pages, own_arena, group)
+            runner = ShardedRunner(shard, own_pages, own_arena, group)
+            return runner, ShardedStreamer(runner, group)
 
         shards: list[Collective] = []
         shard = LanguageShard(

@@ -10,6 +10,7 @@ import torch
 from vlcache_dist.config import EngineSettings, ModelSettings
 from vlcache_dist.engine.engine import Engine, EngineConfig
 from vlcache_dist.engine.runner import Runner
+from vlcache_dist.engine.streaming import Streamer
 from vlcache_dist.kernels import backends
 from vlcache_dist.kv.arena import TORCH_DTYPES, Arena, allocate_pages, free_bytes, plan_memory
 from vlcache_dist.kv.layout import KVLayout
@@ -18,6 +19,7 @@ from vlcache_dist.model.config import ModelConfig
 from vlcache_dist.model.language import LanguageModel
 from vlcache_dist.model.parallel import shard_config
 
+MakeRunner = Callable[[LanguageModel, torch.Tensor, Arena], tuple[Runner, Streamer]]
 CPU_KV_BYTES = 256 << 20
 CPU_STORE_BYTES = 256 << 20
 MAX_WAITING = 1024
@@ -74,6 +76,12 @@ def build_store(layout: KVLayout, settings: EngineSettings, device: torch.device
     return arena, ObjectStore(plan.arena_elements, alignment=arena.alignment)
 
 
+def make_whole_runner(model: LanguageModel, pages: torch.Tensor, arena: Arena) -> tuple[Runner, Streamer]:
+    """Of a model that is not dealt out."""
+    runner = Runner(model, pages, arena)
+    return runner, Streamer(runner)
+
+
 def build_engine(
     model: LanguageModel,
     config: ModelConfig,
@@ -82,12 +90,12 @@ def build_engine(
     store: ObjectStore,
     *,
     max_model_len: int | None = None,
-    make_runner: Callable[[LanguageModel, torch.Tensor, Arena], Runner] = Runner,
+    make_runner: MakeRunner = make_whole_runner,
 ) -> Engine:
     """An engine on the model's device that shares ``arena`` and ``store``. The arena comes first: pages take a share of
     the memory that is free after it. Blocks are of ``settings.block_size`` tokens or, on CUDA, of as many more as the
-    attention backend wants. ``make_runner``: from model, pages and arena. Raises ConfigError if memory holds no
-    block."""
+    attention backend wants. ``make_runner``: the runner over model, pages and arena, and its streamer. Raises
+    ConfigError if memory holds no block."""
     layout = arena.layout
     pages_bytes = settings.kv_bytes
     if pages_bytes is None and model.device.type == "cpu":
@@ -98,6 +106,7 @@ def build_engine(
     block_size = backends.page_size(attention, settings.block_size)
     plan = plan_memory(layout, block_size, pages_bytes=pages_bytes, arena_bytes=arena.tensor.numel() * layout.itemsize)
     pages = allocate_pages(layout, plan.num_blocks, block_size, model.device)
+    runner, streamer = make_runner(model, pages, arena)
     limit = config.text.max_position_embeddings
     return Engine(
         EngineConfig(
@@ -108,6 +117,7 @@ def build_engine(
             max_model_len=limit if max_model_len is None else min(limit, max_model_len),
         ),
         config,
-        make_runner(model, pages, arena),
+        runner,
         store,
+        streamer,
     )

@@ -86,7 +86,14 @@ def new_variant() -> Variant:
 class Engine:
     """Owns the paged pool and both prefix caches; shares ``store`` and the runner's arena with the worker."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, runner: Runner, store: ObjectStore) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        runner: Runner,
+        store: ObjectStore,
+        streamer: Streamer | None = None,
+    ) -> None:
         if runner.pages.shape[3] != config.block_size:
             raise ValueError(f"pages have blocks of {runner.pages.shape[3]} tokens, not {config.block_size}")
         self.config = config
@@ -103,7 +110,7 @@ class Engine:
         self._handovers = HandoverBook(store, runner, self._origins, self.layout)
         self._events: list[Event] = []
         self._no_blocks = False  # for the head of the queue, until somebody gives some back
-        self._streamer = Streamer(runner)
+        self._streamer = streamer or Streamer(runner)
         self._stream: StreamedChunk | None = None
         self._failed_steps = 0
         self._counters: Counter[str] = Counter()
@@ -304,6 +311,8 @@ class Engine:
             sequence, chunk = start
             try:
                 self._stream = StreamedChunk(self._streamer, sequence, chunk, self._step([chunk]))
+            except WorkerLost:
+                raise
             except Exception as error:
                 self._pass_failed([start], error)
                 return
@@ -321,6 +330,8 @@ class Engine:
                 return
             tokens, logprobs = stream.result().result()
             ratios = None if stream.look is None else stream.look.ratios()
+        except WorkerLost:
+            raise
         except Exception as error:
             self._pass_failed([(sequence, chunk)], error)
             return

@@ -48,12 +48,12 @@ class LayeredPass(Protocol):
 
 
 class Streamer:
-    """Makes layered passes for one runner; owns their graphs."""
+    """Makes layered passes for one runner; owns their graphs, if it is to have any."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, *, graphs: bool = True) -> None:
         self._runner = runner
-        cuda = runner.device.type == "cuda"
-        self._graphs = GroupedForward(runner.model, runner.pages, runner.arena.tensor) if cuda else None
+        graphed = graphs and runner.device.type == "cuda"
+        self._graphs = GroupedForward(runner.model, runner.pages, runner.arena.tensor) if graphed else None
 
     def begin(self, step: StepBatch, edges: tuple[int, ...]) -> LayeredPass:
         """From graphs, one per group, if the step is small; else kernel by kernel."""

@@ -20,6 +20,7 @@ from vlcache_dist.parallel import protocol as p
 from vlcache_dist.parallel.collective import Collective, host_store
 from vlcache_dist.parallel.group import LOAD_S, START_S, ShardGroup
 from vlcache_dist.parallel.runner import ShardedRunner
+from vlcache_dist.parallel.streaming import ShardedStreamer
 from vlcache_dist.transfer.base import PeerInfo
 
 
@@ -76,7 +77,8 @@ def assemble(
         free = min(free_bytes(device), *(reply.free_bytes for reply in loaded))
         settings = settings.model_copy(update={"kv_bytes": int(free * settings.kv_fraction)})
 
-    def make_runner(_: LanguageModel, pages: torch.Tensor, over: Arena) -> ShardedRunner:
-        return ShardedRunner(language, pages, over, group, graphs=graphs)
+    def make_runner(_: LanguageModel, pages: torch.Tensor, over: Arena) -> tuple[ShardedRunner, ShardedStreamer]:
+        runner = ShardedRunner(language, pages, over, group, graphs=graphs)
+        return runner, ShardedStreamer(runner, group, graphs=graphs)
 
     return build_engine(language, config, settings, arena, store, max_model_len=max_model_len, make_runner=make_runner)

@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from vlcache_dist.engine.runner import Runner
+from vlcache_dist.engine.streaming import LayeredPass, Streamer
 from vlcache_dist.errors import CheckpointError, VLCacheError
 from vlcache_dist.kv.arena import TORCH_DTYPES, Arena, allocate_pages, free_bytes
 from vlcache_dist.kv.layout import KVLayout
@@ -87,6 +88,8 @@ class _Follower:
         self._model: LanguageShard | None = None
         self._arena: Arena
         self._runner: Runner
+        self._streamer: Streamer
+        self._layers: LayeredPass
 
     def run(self) -> None:
         try:
@@ -117,6 +120,12 @@ class _Follower:
                 self._runner.prepare_decode(command.max_batch, command.max_keys)
             case p.Prepare():
                 self._runner.prepare()
+            case p.BeginLayers():
+                self._layers = self._streamer.begin(command.step, command.edges)
+            case p.RunLayers():
+                self._layers.run(command.start, command.stop)
+            case p.Erase():
+                self._streamer.erase(command.slots)
             case p.Scatter():
                 self._runner.scatter(command.src, command.span_tokens, command.slots, command.positions)
             case p.Pack():
@@ -168,6 +177,7 @@ class _Follower:
         assert self._model is not None
         pages = allocate_pages(self._arena.layout, command.num_blocks, command.block_size, self._device)
         self._runner = Runner(self._model, pages, self._arena, graphs=command.graphs)
+        self._streamer = Streamer(self._runner, graphs=command.graphs)
 
 
 def _staging(offset: int, elements: int) -> Extent:

@@ -72,6 +72,26 @@ class Prepare(Command, frozen=True):
     """``Runner.prepare``: the ranks have seen the same shapes, and capture the same one."""
 
 
+class BeginLayers(Command, frozen=True):
+    """A forward pass that ``RunLayers`` takes up the layers; the one before it is over."""
+
+    step: StepBatch
+    edges: tuple[int, ...]
+
+
+class RunLayers(Command, frozen=True):
+    """Layers [start, stop) of the pass that was begun last."""
+
+    start: int
+    stop: int
+
+
+class Erase(Command, frozen=True):
+    """``Streamer.erase``."""
+
+    slots: np.ndarray
+
+
 class Scatter(Command, frozen=True):
     """``Runner.scatter``."""
 
