@@ -306,10 +306,7 @@ class Node(FrontNode):
         return extent
 
     def layer_groups(self, holder: wire.Holder, span: MediaSpan) -> tuple[int, ...]:
-        """Edges of the groups of layers in which ``fetch`` with ``on_group`` brings a span's KV. None in a worker of
-        several ranks: no pass follows what arrives there, since every rank's shard comes in its own time."""
-        if self.layout.tp_size > 1:
-            return ()
+        """Edges of the groups of layers in which ``fetch`` with ``on_group`` brings a span's KV."""
         return self._fetcher.layer_groups(holder.worker_id, self.layout.kv_elements(span.length))
 
     async def fetch_staging(self, worker_id: WorkerId, address: str, lease: wire.Lease) -> Extent:
