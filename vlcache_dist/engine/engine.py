@@ -250,7 +250,7 @@ class Engine:
         """True if ``step`` would do something now (a request that only waits for a source is no work)."""
         if self._events or self._scheduler.can_run():
             return True
-        if self._stream.ready if self._stream is not None else self._next_stream() is not None:
+        if self._stream.ready if self._stream is not None else self._scheduler.next_stream() is not None:
             return True
         return not self._no_blocks and self._scheduler.next_waiting() is not None
 
@@ -307,7 +307,7 @@ class Engine:
 
     def _advance_stream(self, now: float) -> None:
         """Take the pass behind an arriving source further up; conclude it once its source is admitted."""
-        if self._stream is None and (start := self._next_stream()) is not None:
+        if self._stream is None and (start := self._scheduler.next_stream()) is not None:
             sequence, chunk = start
             try:
                 self._stream = StreamedChunk(self._streamer, sequence, chunk, self._step([chunk]))
@@ -342,10 +342,6 @@ class Engine:
             return
         for token, logprob in zip(tokens, logprobs, strict=True):
             self._token(sequence, token, logprob, now)
-
-    def _next_stream(self) -> tuple[Sequence, ChunkWork] | None:
-        """None, too, for a tensor-parallel worker: its ranks take whole passes, behind sources that are all there."""
-        return self._scheduler.next_stream() if self.layout.tp_size == 1 else None
 
     def _drop_stream(self) -> None:
         assert self._stream is not None
