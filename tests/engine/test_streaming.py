@@ -403,18 +403,3 @@ def test_any_interleaving(actions: list[tuple[str, int]], groups: tuple[int, ...
         got = torch.stack(site.results[name].logprobs)
         assert torch.allclose(got, torch.stack(expected.logprobs), atol=1e-4)
     site.assert_idle()
-
-
-def test_a_tensor_parallel_worker_waits_for_all_of_it() -> None:
-    site = streaming()
-    site.engine.layout = msgspec.structs.replace(site.layout, tp_size=2)
-    result = begun(site)
-    for arrival in site.arrivals:
-        for _ in pairwise(arrival.groups):
-            site.land(arrival)
-    assert not site.engine.has_work() and site.engine.stats().spans_streamed == 0
-    for arrival in site.arrivals:
-        site.admit(arrival)
-    site.drive()
-    assert same(result, with_objects().run(generation(site))[0])
-    site.assert_idle()
