@@ -83,6 +83,8 @@ def test_serve_config_files(path: Any) -> None:
     if described:
         own = settings.serve
         assert [own.encoders, own.prefills, own.decodes] == [int(found) for found in described.groups()]
+        ranks = re.search(r"-tp(\d)-", path.stem)
+        assert settings.engine.tensor_parallel == (int(ranks[1]) if ranks else 1)
     else:
         assert path.stem == "1gpu-colocated" and settings.serve.decodes == 0
         assert settings.serve.gpus_per_worker * 2 == 1
