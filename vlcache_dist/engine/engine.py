@@ -19,10 +19,10 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
+from vlcache_dist.engine.accounts import Accounts
 from vlcache_dist.engine.api import (
     Admitted,
     Compute,
@@ -33,7 +33,6 @@ from vlcache_dist.engine.api import (
     Import,
     Mode,
     PrefillDone,
-    RecordDropped,
     Reuse,
     SpanRecorded,
     TokenEvent,
@@ -44,6 +43,7 @@ from vlcache_dist.engine.origins import SlotOrigins
 from vlcache_dist.engine.runner import Runner
 from vlcache_dist.engine.scheduler import Scheduler
 from vlcache_dist.engine.sequence import Sequence, SpanState, prompt_tokens
+from vlcache_dist.engine.sources import SourceBook
 from vlcache_dist.engine.streaming import StreamedChunk, Streamer
 from vlcache_dist.engine.watch import Look, Watched
 from vlcache_dist.errors import BadRequest, EngineError, Overloaded, PromptTooLong, VLCacheError, WorkerLost
@@ -71,11 +71,6 @@ class EngineConfig:
     max_running: int
     max_waiting: int
     max_model_len: int
-
-
-def layer_edges(groups: tuple[int, ...], num_layers: int) -> bool:
-    """True if ``groups`` are the edges of consecutive runs of all layers."""
-    return groups[0] == 0 and groups[-1] == num_layers and all(a < b for a, b in pairwise(groups))
 
 
 def new_variant() -> Variant:
@@ -113,9 +108,8 @@ class Engine:
         self._streamer = streamer or Streamer(runner)
         self._stream: StreamedChunk | None = None
         self._failed_steps = 0
-        self._counters: Counter[str] = Counter()
-        self._layer_rows = np.zeros(self.layout.num_layers, np.int64)
-        self._layer_query_rows = np.zeros(self.layout.num_layers, np.int64)
+        self._sources = SourceBook(store, self.layout, self._emit)
+        self._accounts = Accounts(self.layout.num_layers)
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -175,15 +169,15 @@ class Engine:
         if sequence is None or not sequence.spans[span_index].needs_source:
             if sequence is not None and sequence.spans[span_index].source is not None:
                 raise ValueError(f"span {span_index} of {request_id} has its source already")
-            self._give_back(request_id, span_index, source)
+            self._sources.give_back(request_id, span_index, source)
             return
-        self._check_source(sequence, span_index, source)
+        self._sources.check(sequence, span_index, source)
         if not sequence.blocks:
             if span_index in sequence.early:
                 raise ValueError(f"span {span_index} of {request_id} has its source already")
             sequence.early[span_index] = source
             return
-        self._take_source(sequence, span_index, source)
+        self._sources.take(sequence, span_index, source)
 
     def arrived(self, request_id: str, span_index: int, num_layers: int) -> None:
         """Layers [0, ``num_layers``) of an arriving source are in its extent. Ignored for a source that is gone."""
@@ -198,7 +192,7 @@ class Engine:
         if state is None:
             for extent in (kv, embedding):
                 if extent is not None:
-                    self._let_go(extent)
+                    self._sources.let_go(extent)
             return
         self._sequences[request_id].admit(span_index, kv, embedding)
         if self._stream is not None and self._stream.moved:
@@ -213,9 +207,9 @@ class Engine:
         sequence = self._sequences[request_id]
         if self._stream is not None and self._stream.sequence is sequence:
             self._drop_stream()
-        self._unhold(state, keep_kv=False)
+        self._sources.unhold(state, keep_kv=False)
         sequence.withdraw(span_index)
-        self._counters["spans_revoked"] += 1
+        self._accounts.counters["spans_revoked"] += 1
 
     def relieve(self) -> None:
         """The store is full: let the next step also compute the few rows that wait for the source behind them, because
@@ -228,7 +222,7 @@ class Engine:
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return False
-        self._counters["aborted"] += 1
+        self._accounts.counters["aborted"] += 1
         self._forget(sequence)
         return True
 
@@ -268,9 +262,9 @@ class Engine:
             early, sequence.early = sequence.early, {}
             for index in sorted(early):
                 if sequence.spans[index].needs_source:
-                    self._take_source(sequence, index, early[index])
+                    self._sources.take(sequence, index, early[index])
                 else:
-                    self._give_back(sequence.request_id, index, early[index])
+                    self._sources.give_back(sequence.request_id, index, early[index])
             needed = tuple(i for i, state in enumerate(sequence.spans) if state.needs_source)
             if sequence.mode is Mode.DECODE:
                 needed = ()
@@ -316,7 +310,7 @@ class Engine:
             except Exception as error:
                 self._pass_failed([start], error)
                 return
-            self._counters["spans_streamed"] += len(self._stream.spans)
+            self._accounts.counters["spans_streamed"] += len(self._stream.spans)
         stream = self._stream
         if stream is None:
             return
@@ -364,7 +358,8 @@ class Engine:
 
     def _passed(self, work: list[tuple[Sequence, ChunkWork]], batch: StepBatch) -> None:
         self._failed_steps = 0
-        self._count(work, batch)
+        self._origins.clear(batch.slots)
+        self._accounts.count(work, batch)
         for sequence, chunk in work:
             self._written(sequence, chunk)
 
@@ -386,18 +381,18 @@ class Engine:
             if not isinstance(state.source, Reuse) or state.source.canary is None:
                 continue
             state.deviation = state.source.canary.excess(seen)
-            self._counters["spans_watched"] += 1
+            self._accounts.counters["spans_watched"] += 1
             if state.deviation > 1 and first is None:
                 first = watched.index
         sequence.watch_from = None
         if first is not None:
-            self._counters["spans_escalated"] += sequence.escalate(first)
+            self._accounts.counters["spans_escalated"] += sequence.escalate(first)
             for state in sequence.spans[:first]:
-                self._unhold(state, keep_kv=sequence.mode is Mode.PREFILL)
+                self._sources.unhold(state, keep_kv=sequence.mode is Mode.PREFILL)
             return True
         sequence.offer(self.prefix, sequence.num_computed)
         for state in sequence.spans:
-            self._unhold(state, keep_kv=sequence.mode is Mode.PREFILL)
+            self._sources.unhold(state, keep_kv=sequence.mode is Mode.PREFILL)
         return False
 
     def _pass_failed(self, work: list[tuple[Sequence, ChunkWork]], error: Exception) -> None:
@@ -427,17 +422,17 @@ class Engine:
             self._origins.set(sequence.slots(state.span.start, state.span.end), extent.key, extent.variant)
             if keep:
                 state.held.append(extent)
-            self._counters["spans_recorded"] += 1
+            self._accounts.counters["spans_recorded"] += 1
             self._events.append(SpanRecorded(sequence.request_id, index, extent))
         state.work = None
         if sequence.watch_from is None:  # otherwise an alarm may still need it
-            self._unhold(state, keep_kv=keep)
+            self._sources.unhold(state, keep_kv=keep)
 
     def _token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
         if sequence.num_tokens == sequence.num_prompt:
             self._prefill_done(sequence, now)
         sequence.append(token)
-        self._counters["generated_tokens"] += 1
+        self._accounts.counters["generated_tokens"] += 1
         finish = None
         if token in self.model.eos_token_ids and not sequence.sampling.ignore_eos:
             finish = FinishReason.STOP
@@ -445,7 +440,7 @@ class Engine:
             finish = FinishReason.LENGTH
         self._events.append(TokenEvent(sequence.request_id, token, logprobs, finish))
         if finish is not None:
-            self._counters["finished"] += 1
+            self._accounts.counters["finished"] += 1
             self._forget(sequence)
         elif sequence.mode is Mode.PREFILL:
             self._scheduler.remove(sequence)
@@ -481,7 +476,7 @@ class Engine:
         sequence = self._parked.get(request_id)
         if sequence is None:
             return False
-        self._counters["finished"] += 1
+        self._accounts.counters["finished"] += 1
         self._forget(sequence)
         return True
 
@@ -503,33 +498,16 @@ class Engine:
     # -- reports ------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        prefix, waiting = self.prefix.stats(), tuple(self._scheduler.waiting)
-        rows = sum(s.waiting_rows() for s in (*waiting, *self._scheduler.running))
-        count = self._counters
-        return EngineStats(
+        waiting, running = tuple(self._scheduler.waiting), tuple(self._scheduler.running)
+        rows = sum(sequence.waiting_rows() for sequence in (*waiting, *running))
+        return self._accounts.stats(
+            self.pool,
+            self.prefix,
+            spans_reused=self._sources.taken,
             waiting=len(waiting),
-            running=len(self._scheduler.running),
+            running=len(running),
             parked=len(self._parked),
             waiting_tokens=rows,
-            blocks_free=self.pool.num_free,
-            blocks_total=self.pool.num_blocks,
-            steps=count["steps"],
-            finished=count["finished"],
-            aborted=count["aborted"],
-            failed=count["failed"],
-            prompt_tokens=count["prompt_tokens"],
-            generated_tokens=count["generated_tokens"],
-            exact_hit_tokens=prefix.exact_hit_tokens,
-            approx_hit_tokens=prefix.approx_hit_tokens,
-            scattered_tokens=count["scattered_tokens"],
-            spans_recorded=count["spans_recorded"],
-            spans_reused=count["spans_reused"],
-            layer_rows=tuple(self._layer_rows.tolist()),
-            layer_query_rows=tuple(self._layer_query_rows.tolist()),
-            spans_watched=count["spans_watched"],
-            spans_escalated=count["spans_escalated"],
-            spans_streamed=count["spans_streamed"],
-            spans_revoked=count["spans_revoked"],
         )
 
     def validate(self) -> None:
@@ -579,87 +557,8 @@ class Engine:
         sequence.place([*match.blocks, *fresh], match.num_tokens, match.tainted_from)
         return True
 
-    def _check_source(self, sequence: Sequence, index: int, source: Compute | Reuse) -> None:
-        span, where = sequence.spans[index].span, f"span {index} of {sequence.request_id}"
-        if sequence.mode is Mode.DECODE:
-            raise ValueError(f"{where}: a DECODE request takes its KV from import_sequence")
-        kv = source.record if isinstance(source, Compute) else source.kv
-        if kv is not None and (kv.elements != self.layout.kv_elements(span.length) or kv.key != span.key):
-            raise ValueError(f"{where}: the KV extent is another one's")
-        rows = span.length
-        if isinstance(source, Compute):
-            if source.record is not None and sequence.reuse is ReuseMode.OFF:
-                raise ValueError(f"{where}: reuse=off records nothing")
-        else:
-            if sequence.reuse is not ReuseMode.APPROX:
-                raise ValueError(f"{where}: reuse={sequence.reuse} takes no image KV")
-            if source.rows_arrive and not (source.groups and source.embedding):
-                raise ValueError(f"{where}: rows arrive only with KV that does")
-            if source.groups and not sequence.blocks:
-                raise ValueError(f"{where}: a source cannot arrive before its request is admitted")
-            if source.groups and not layer_edges(source.groups, self.layout.num_layers):
-                raise ValueError(f"{where}: groups {source.groups} are no edges of {self.layout.num_layers} layers")
-            if source.depths.shape != (span.length,) or source.depths.max() > self.layout.num_layers:
-                raise ValueError(f"{where}: depths {source.depths.shape} do not fit {span.length} tokens")
-            recomputed = np.flatnonzero(source.depths)
-            rows = int(recomputed[-1]) + 1 if len(recomputed) else 0
-            if source.canary is not None:
-                rows = span.length
-                if (source.depths[source.canary.probes(rows)] < self.layout.num_layers).any():
-                    raise ValueError(f"{where}: the canary's probes must be recomputed in every layer")
-        have = 0 if source.embedding is None else source.embedding.elements
-        if have < self.layout.embedding_elements(rows):
-            raise ValueError(f"{where}: {rows} tokens are computed, the encoder output given has {have} elements")
-
-    def _take_source(self, sequence: Sequence, index: int, source: Compute | Reuse) -> None:
-        state = sequence.spans[index]
-        if source.embedding is not None and not (isinstance(source, Reuse) and source.rows_arrive):
-            state.held.append(source.embedding)
-        if isinstance(source, Reuse):
-            if not source.groups:
-                state.held.append(source.kv)
-            self._counters["spans_reused"] += 1
-        elif source.record is not None:
-            if sequence.recordable(index):
-                state.record = source.record
-            else:
-                self._abort_record(sequence.request_id, index, source.record)
-        sequence.give_source(index, source)
-        if isinstance(source, Reuse):
-            for later, other in enumerate(sequence.spans):
-                if other.record is not None and not sequence.recordable(later):
-                    self._drop_record(sequence, later)
-
-    def _give_back(self, request_id: str, index: int, source: Compute | Reuse) -> None:
-        """A source that is not needed."""
-        if source.embedding is not None and not (isinstance(source, Reuse) and source.rows_arrive):
-            self._let_go(source.embedding)
-        if isinstance(source, Reuse):
-            if not source.groups:
-                self._let_go(source.kv)
-        elif source.record is not None:
-            self._abort_record(request_id, index, source.record)
-
-    def _let_go(self, extent: Extent) -> None:
-        self.store.unpin(extent)
-        if extent.kind is ObjectKind.STAGING:
-            self.store.discard(extent)
-
-    def _unhold(self, state: SpanState, *, keep_kv: bool) -> None:
-        kept = [extent for extent in state.held if keep_kv and extent.kind is ObjectKind.KV]
-        for extent in state.held:
-            if extent not in kept:
-                self._let_go(extent)
-        state.held = kept
-
-    def _drop_record(self, sequence: Sequence, index: int) -> None:
-        record = sequence.drop_record(index)
-        if record is not None:
-            self._abort_record(sequence.request_id, index, record)
-
-    def _abort_record(self, request_id: str, index: int, record: Extent) -> None:
-        self.store.abort(record)
-        self._events.append(RecordDropped(request_id, index, record.key))
+    def _emit(self, event: Event) -> None:
+        self._events.append(event)
 
     def _trace(self, sequence: Sequence, state: SpanState, chunk: ChunkWork) -> None:
         """Remember which of the chunk's slots hold an object's rows unchanged."""
@@ -669,21 +568,8 @@ class Engine:
             copied = source.depths[a - start : b - start] == 0
             self._origins.set(sequence.slots(a, b)[copied], source.kv.key, source.kv.variant)
 
-    def _count(self, work: list[tuple[Sequence, ChunkWork]], batch: StepBatch) -> None:
-        self._layer_rows += batch.rows_kv
-        self._layer_query_rows += batch.rows_q
-        self._origins.clear(batch.slots)
-        self._counters["steps"] += 1
-        self._counters["scattered_tokens"] += len(batch.scatter_src)
-        layers = np.minimum(batch.row_depth, self.layout.num_layers)
-        rows = np.bincount(batch.row_chunk, weights=layers, minlength=len(work))
-        for (sequence, chunk), count in zip(work, rows.tolist(), strict=True):
-            if sequence.prefilling:
-                sequence.computed_rows += int(count)
-                self._counters["prompt_tokens"] += chunk.end - chunk.start
-
     def _fail(self, sequence: Sequence, error: VLCacheError) -> None:
-        self._counters["failed"] += 1
+        self._accounts.counters["failed"] += 1
         self._forget(sequence)
         self._events.append(Failed(sequence.request_id, error))
 
@@ -695,10 +581,10 @@ class Engine:
         if self._parked.pop(sequence.request_id, None) is None:
             self._scheduler.remove(sequence)
         for index, source in sequence.early.items():
-            self._give_back(sequence.request_id, index, source)
+            self._sources.give_back(sequence.request_id, index, source)
         for index, state in enumerate(sequence.spans):
-            self._drop_record(sequence, index)
-            self._unhold(state, keep_kv=False)
+            self._sources.drop_record(sequence, index)
+            self._sources.unhold(state, keep_kv=False)
         if sequence.handover is not None:
             self._handovers.drop_export(sequence.handover)
         self.pool.free(sequence.blocks)
