@@ -77,7 +77,7 @@ def nixl_transport(worker_id: WorkerId, arena: torch.Tensor, layout: KVLayout) -
 def make_node(settings: Settings, site: Site, role: Role, model: Model, transport: TransportFactory) -> Node:
     """A worker's node: arena, store, transport, RPC, directory client. Raises ConfigError if the role's part of the
     model and the store do not fit the device."""
-    _require_memory(settings, role, model)
+    require_memory(settings, role, model)
     arena, store = build_store(model.layout, settings.engine, model.placement.device)
     shown = model.layout.without_kv() if role is Role.ENCODER else model.layout
     return Node(
@@ -92,8 +92,9 @@ def make_node(settings: Settings, site: Site, role: Role, model: Model, transpor
     )
 
 
-def _require_memory(settings: Settings, role: Role, model: Model) -> None:
-    """Before anything is allocated: an allocator says less, and a machine's memory may be overcommitted."""
+def require_memory(settings: Settings, role: Role, model: Model) -> None:
+    """Raises ConfigError if the role's part of the model and its store do not fit. Before anything is allocated: an
+    allocator says less, and a machine's memory may be overcommitted."""
     vision = role is Role.ENCODER
     shard = Shard(0, 1 if vision else settings.engine.tensor_parallel)
     tensors = [(name, t) for name, t in model.checkpoint.tensors.items() if ("visual." in name) == vision]

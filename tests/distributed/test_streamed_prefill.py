@@ -13,6 +13,7 @@ from pools import Pools, picture
 
 from vlcache_dist.errors import ChecksumMismatch, LeaseLost, TransferTimeout
 from vlcache_dist.kv.object_store import Extent
+from vlcache_dist.prefill_workers.resolver import SpanResolver
 from vlcache_dist.types import ObjectKind
 
 
@@ -176,4 +177,26 @@ async def test_two_pictures_in_both_orders_with_losses(monkeypatch: pytest.Monke
             )
             assert all(answer.text for answer in answers)
         assert all(count > 0 for count in streamed(pools))
+        await pools.drained()
+
+
+async def test_what_was_fetched_ahead_came_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head start may be over before the engine asks for a source; the answer must not call that the own store."""
+    run = SpanResolver.run
+
+    async def late(self: SpanResolver, needed: Any) -> None:
+        if self._heading is not None:
+            await self._heading
+        while not all(arrival.kv.over for arrival in self._ahead.values()):  # noqa: ASYNC110 - it sets no event
+            await asyncio.sleep(0.01)
+        await run(self, needed)
+
+    async with Pools() as pools:
+        image = picture(22)
+        await pools.ask(image, image.facts[0].question, prefill_worker="prefill-0")
+        monkeypatch.setattr(SpanResolver, "run", late)
+        answer = await pools.ask("A.\n", image, image.facts[1].question, prefill_worker="prefill-1")
+        assert answer.sources == ["remote"]
+        again = await pools.ask("B.\n", image, image.facts[1].question, prefill_worker="prefill-1")
+        assert again.sources == ["local"] and again.text == answer.text
         await pools.drained()

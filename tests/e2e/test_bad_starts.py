@@ -49,7 +49,7 @@ def test_too_few_gpus(tmp_path: Path) -> None:
 
 def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
     done = serve(tmp_path, "--port", "0", engine={"store_bytes": 1 << 50, "kv_bytes": 1 << 20})
-    check(done, r"does not fit: .* GiB and the store (engine.store_bytes) 1048576\.00 GiB")
+    check(done, r"does not fit: .* GiB and the store \(engine\.store_bytes\) 1048576\.00 GiB")
 
 
 def test_an_unknown_model(tmp_path: Path) -> None:

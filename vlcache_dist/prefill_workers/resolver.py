@@ -245,6 +245,11 @@ class SpanResolver:
         is remembered to be harmful in this context."""
         if self._heading is not None and not self._heading.done():
             await asyncio.wait({self._heading})
+        # What was ordered for this request may be in the own store by now, but it came from elsewhere.
+        if span.key in self._ahead and (
+            found := await self._from_one(index, span, self._ahead[span.key].holder, tried)
+        ):
+            return found
         if (kv := self._node.store.lookup(ObjectKind.KV, span.key, pin=True)) is not None:
             advice = self._advised(index, kv.variant)
             if advice is Advice.COMPUTE:
@@ -258,13 +263,19 @@ class SpanResolver:
         for holder in await self._holders(ObjectKind.KV, span.key):
             if holder.worker_id == self._node.worker_id or self._attempt(holder) in tried:
                 continue
-            tried.add(self._attempt(holder))
-            advice = self._advised(index, holder.variant)
-            if advice is Advice.COMPUTE:
-                return await self._compute(span, None, remembered=True), None
-            if (found := await self._from_holder(span, holder, advice)) is not None:
+            if (found := await self._from_one(index, span, holder, tried)) is not None:
                 return found
         return None
+
+    async def _from_one(
+        self, index: int, span: MediaSpan, holder: wire.Holder, tried: set[bytes]
+    ) -> tuple[Compute | Reuse, Arrival | None] | None:
+        """From one holder; encoder output if its KV is remembered to be harmful here; None if it does not deliver."""
+        tried.add(self._attempt(holder))
+        advice = self._advised(index, holder.variant)
+        if advice is Advice.COMPUTE:
+            return await self._compute(span, None, remembered=True), None
+        return await self._from_holder(span, holder, advice)
 
     def _order(self, span: MediaSpan, holder: wire.Holder) -> Arrival:
         """Begin to fetch a span's KV, and at the same time the encoder output of the rows to recompute."""

@@ -12,7 +12,7 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from vlcache_dist.assembly import Model
+from vlcache_dist.assembly import Model, require_memory
 from vlcache_dist.cache_directory.actor import shutdown_directory
 from vlcache_dist.config import Settings
 from vlcache_dist.errors import ConfigError
@@ -20,6 +20,7 @@ from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
 from vlcache_dist.serve.app import build
 from vlcache_dist.serve.auth import require_keys
 from vlcache_dist.serve.readiness import check_reachable, require_room, wait_until_ready
+from vlcache_dist.types import Role
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,10 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
     require_keys(own)
     if own.address is None:
         say(f"opening {settings.model.model}")  # what every worker would stumble over, a hub that is out of reach say
-        Model.open(settings)
+        model = Model.open(settings)
+        if model.placement.device.type == "cpu":  # asking a GPU would take a part of its memory
+            for role in (Role.ENCODER, Role.PREFILL):
+                require_memory(settings, role, model)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with terminate_as_interrupt() as again:
         try:
