@@ -20,12 +20,18 @@ from vlcache_dist.localcluster.cluster import MARK, METRICS_PORT, LocalCluster, 
 from vlcache_dist.localcluster.hosts import NETNS, NoNamespaces, namespaces
 from vlcache_dist.metrics import (
     DECLARED,
+    DRIFT_AGREEMENT,
+    DRIFT_KL,
     EVICTIONS,
+    GUARD_LEVEL,
+    GUARD_TRIPS,
     HEALTHY,
     PREFIX_HIT_TOKENS,
     READ_BYTES,
     READ_FAILURES,
     REQUESTS,
+    SHADOW_RUNS,
+    SHADOW_SECONDS,
     SPANS_ESCALATED,
     SPANS_REUSED,
     SPANS_WATCHED,
@@ -33,7 +39,10 @@ from vlcache_dist.metrics import (
 )
 
 ROOT = Path(__file__).parents[2]
-SELDOM = (EVICTIONS, READ_FAILURES, SPANS_WATCHED, SPANS_ESCALATED, PREFIX_HIT_TOKENS)  # a counter of nothing is absent
+SELDOM = (  # a counter of nothing is absent, and so is what the guard says of formats that it has not compared yet
+    *(EVICTIONS, READ_FAILURES, SPANS_WATCHED, SPANS_ESCALATED, PREFIX_HIT_TOKENS),
+    *(GUARD_LEVEL, GUARD_TRIPS, DRIFT_KL, DRIFT_AGREEMENT, SHADOW_RUNS, SHADOW_SECONDS),
+)
 CONFIG = ROOT / "deploy" / "serve" / "cpu-1e-2p-1d.yaml"
 
 
