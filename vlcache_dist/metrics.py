@@ -137,6 +137,7 @@ class Metrics:
         self._sink = sink
         self._registry = CollectorRegistry()
         self._instruments = {metric.name: _instrument(metric, self._registry) for metric in INGRESS}
+        self._gauges: dict[tuple[Metric, tuple[tuple[str, str], ...]], float] = {}
 
     def record(self, metric: Metric, value: float = 1.0, **labels: str) -> None:
         """As ``Sink.record``."""
@@ -146,10 +147,17 @@ class Metrics:
             child.inc(value)
         elif metric.kind == "gauge":
             child.set(value)
+            self._gauges[metric, tuple(labels.items())] = value
         else:
             child.observe(value)
         if self._sink is not None:
             self._sink.record(metric, value, labels)
+
+    def tell_again(self) -> None:
+        """Tell the sink of every gauge once more: Ray forgets one that nobody sets for a while."""
+        if self._sink is not None:
+            for (metric, labels), value in self._gauges.items():
+                self._sink.record(metric, value, dict(labels))
 
     def finished(self, prompt: int, cached: int, completion: int, vlcache: dict[str, Any]) -> None:
         """Count an answered request; ``vlcache`` is its response extension."""

@@ -31,7 +31,6 @@ from vlcache_dist.metrics import (
     READ_BYTES,
     READ_FAILURES,
     REQUESTS,
-    RUNNING,
     SHADOW_RUNS,
     SHADOW_SECONDS,
     SPANS_ESCALATED,
@@ -44,7 +43,6 @@ ROOT = Path(__file__).parents[2]
 SELDOM = (  # a counter of nothing is absent, and so is what the guard says of formats that it has not compared yet
     *(EVICTIONS, READ_FAILURES, SPANS_WATCHED, SPANS_ESCALATED, PREFIX_HIT_TOKENS),
     *(GUARD_LEVEL, GUARD_TRIPS, DRIFT_KL, DRIFT_AGREEMENT, SHADOW_RUNS, SHADOW_SECONDS, MISSED_ALARMS),
-    RUNNING,  # Ray drops a gauge that nobody sets again, and an idle ingress does not
 )
 CONFIG = ROOT / "deploy" / "serve" / "cpu-1e-2p-1d.yaml"
 

@@ -14,6 +14,7 @@ from vlcache_dist.metrics import (
     INGRESS,
     READ_FAILURES,
     REQUESTS,
+    RUNNING,
     STORE_BYTES_QUARANTINED,
     TTFT,
     VISION_TOKENS,
@@ -95,3 +96,20 @@ def test_the_ingress_tells_its_page_and_its_sink_the_same() -> None:
     for name, value, labels in told:
         if name != TTFT.name:
             assert page[(name, *labels.values())] == value
+
+
+def test_gauges_are_told_again_and_counters_are_not() -> None:
+    told: list[tuple[str, float]] = []
+
+    class Sink:
+        def record(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+            told.append((metric.name, value))
+
+    metrics = Metrics(Sink())
+    metrics.record(REQUESTS, status="200")
+    metrics.record(RUNNING, 3)
+    metrics.record(RUNNING, 2)
+    told.clear()
+    metrics.tell_again()
+    assert told == [(RUNNING.name, 2)]
+    Metrics().tell_again()

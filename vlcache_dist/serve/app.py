@@ -16,14 +16,14 @@ from fastapi import Depends, FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from vlcache_dist.actor import RaySink, directory_of, tensor_parallel
+from vlcache_dist.actor import PUBLISH_S, RaySink, directory_of, tensor_parallel
 from vlcache_dist.assembly import Site
 from vlcache_dist.cache_directory.actor import ensure_directory
 from vlcache_dist.config import Settings
 from vlcache_dist.decode_workers.actor import DecodeReplica
 from vlcache_dist.encoder_workers.actor import EncoderReplica
 from vlcache_dist.errors import WorkerLost
-from vlcache_dist.metrics import Metrics
+from vlcache_dist.metrics import RUNNING, Metrics
 from vlcache_dist.parallel.actor import bundles
 from vlcache_dist.prefill_workers.actor import PrefillReplica
 from vlcache_dist.serve.auth import ApiKeys, Guard
@@ -52,11 +52,20 @@ class Ingress:
         site = Site("ingress", ray.util.get_node_ip_address(), directory_of(self._settings))
         self._frontend = await asyncio.to_thread(build_frontend, self._settings, site)
         await self._frontend.start()
+        self._metrics = Metrics(RaySink())
+        self._metrics.record(RUNNING, 0)
+        self._telling = asyncio.create_task(self._tell())
         self._app = self._build_app()
         self._listener: Listener | None = None
         if own.direct:
             self._listener = Listener(self._app, own.host, own.port)
             self._listener.start()
+
+    async def _tell(self) -> None:
+        """Gauges of an idle ingress stay on the Prometheus page."""
+        while True:
+            await asyncio.sleep(PUBLISH_S)
+            self._metrics.tell_again()
 
     def _build_app(self) -> FastAPI:
         own = self._settings.serve
@@ -64,7 +73,7 @@ class Ingress:
             self._frontend,
             max_body_bytes=own.max_body_bytes,
             max_ongoing=own.max_ongoing,
-            metrics=Metrics(RaySink()),
+            metrics=self._metrics,
             guard=self._guard,
         )
 
@@ -85,6 +94,9 @@ class Ingress:
 
     async def __del__(self) -> None:
         listener, frontend = getattr(self, "_listener", None), getattr(self, "_frontend", None)
+        telling = getattr(self, "_telling", None)
+        if telling is not None:
+            telling.cancel()
         if listener is not None:
             await listener.close(DRAIN_S / 2)
         if frontend is not None:
