@@ -1,10 +1,11 @@
 """Time to first token when the image's KV lies on another GPU: a prefill worker as the system runs it, with random
 weights, that holds images or reads them from another one.
 
-Clocks. *Local* and *remote* warm requests go the same way: ``PrefillWorker.prefill``, from a tokenized prompt to the
-first token on the event loop, admission, resolving and all thread hops included. Local: KV and encoder output are in
-the own store. Remote: neither is; the directory is asked, leases are taken, KV and the recomputed rows' encoder output
-are read from the other worker. Every request has a text of its own. *Fetch*: one image's KV from lease to admission,
+Clocks. *Local* and *remote* warm requests go the same way: the directory is asked, as the ingress does for every
+request, and ``PrefillWorker.prefill`` is told what it said; from a tokenized prompt to the first token on the event
+loop, admission, resolving and all thread hops included. Local: KV and encoder output are in the own store. Remote:
+neither is; leases are taken, KV and the recomputed rows' encoder output are read from the other worker. Every request
+has a text of its own. *Fetch*: one image's KV from lease to admission,
 without computing on it. The trace of a remote request says when each group of layers landed (host clock) and when it
 was computed (CUDA events on the same scale): *hidden* is the share of the time from the first READ to the last landing
 in which the GPU computed.
@@ -217,8 +218,10 @@ class BenchWorker:
         """Run one request: its first token and the milliseconds until then. RuntimeError if its KV came from elsewhere
         than ``source``."""
         started = time.perf_counter()
+        states = await self.worker.node.lookup([span.key for span in generation.spans])
+        message = wire.Prefill(generation, NO_MEDIA, TIMEOUT_S, tuple(states))
         async with contextlib.aclosing(
-            self.worker.prefill(wire.Prefill(generation, NO_MEDIA, TIMEOUT_S), _no_call())  # type: ignore[type-var]
+            self.worker.prefill(message, _no_call())  # type: ignore[type-var]
         ) as replies:
             reply = await anext(replies)
             took = (time.perf_counter() - started) * 1e3

@@ -74,6 +74,7 @@ class SpanResolver:
         self._encoders = encoders
         self._generation = message.generation
         self._source = message.source
+        self._hints = {state.key: state for state in message.hints}
         self._plan = Plan.parse(message.generation.plan)
         self._deadline = deadline
         self._advise = advise
@@ -110,15 +111,19 @@ class SpanResolver:
                 missing.setdefault(span.key, (index, span))
         if not missing:
             return
-        states = await self._node.lookup(list(missing))
-        for (key, (index, span)), state in zip(missing.items(), states, strict=True):
+        unknown = [key for key in missing if key not in self._hints]
+        fresh = {state.key: state for state in await self._node.lookup(unknown)} if unknown else {}
+        for key, (index, span) in missing.items():
             for kind in (ObjectKind.KV, ObjectKind.EMBEDDING):
-                self._known[kind, key] = self._node.holders_in(state, kind)
-            others = [h for h in self._known[ObjectKind.KV, key] if h.worker_id != self._node.worker_id]
+                holders = self._node.holders_in(fresh.get(key) or self._hints[key], kind)
+                if holders or key in fresh:  # what the ingress did not know may have come up since
+                    self._known[kind, key] = holders
+            others = [h for h in self._known.get((ObjectKind.KV, key), ()) if h.worker_id != self._node.worker_id]
             if others and self._advised(index, others[0].variant) is not Advice.COMPUTE:
                 self._ahead[key] = self._order(span, others[0])
 
     async def _holders(self, kind: ObjectKind, key: ContentKey) -> tuple[wire.Holder, ...]:
+        """As the ingress knew them, then as the directory knows them now."""
         known = self._known.pop((kind, key), None)
         return await self._node.holders(kind, key) if known is None else known
 
@@ -209,19 +214,23 @@ class SpanResolver:
         """A source; and if it is still arriving, its arrival. ``tried``: attempts that were in vain."""
         if self._generation.reuse is ReuseMode.OFF:
             return Compute(await self._embedding(span)), None
+        approx = self._generation.reuse is ReuseMode.APPROX
+        reusable = approx and not self._plan.is_full(span.length, self._node.layout.num_layers)
+        if reusable and (found := await self._from_stores(index, span, tried)) is not None:
+            return found  # without another word to the engine: the bytes may be on their way
         allowed = await self._on_engine(lambda engine: engine.recordable(self._generation.request_id, index))
-        if self._generation.reuse is ReuseMode.EXACT or self._plan.is_full(span.length, self._node.layout.num_layers):
+        if not reusable:
             record = self._record_extent(index, span) if allowed and await self._claim(span.key) else None
             return await self._compute(span, record), None
         # What was withdrawn behind a span that is open itself claims nothing: that one may wait for a producer.
         allowed = allowed and min(self._open, default=index) == index
         while True:
-            if (found := await self._from_stores(index, span, tried)) is not None:
-                return found
             if allowed and await self._claim(span.key):
                 return await self._compute(span, self._record_extent(index, span)), None
             if not await self._wait_for_producer(span.key, tried):
                 return await self._compute(span, None), None
+            if (found := await self._from_stores(index, span, tried)) is not None:
+                return found
 
     async def _compute(self, span: MediaSpan, record: Extent | None, *, remembered: bool = False) -> Compute:
         try:
