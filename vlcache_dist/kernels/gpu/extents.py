@@ -58,7 +58,7 @@ def _rotate_scatter_kernel(
 
 @triton.jit(do_not_specialize=["start", "count", "plane_start"])
 def _copy_rows_kernel(
-    pages_ptr, arena_ptr, slots_ptr, base_ptr, tokens_ptr, start, count, plane, plane_start,
+    pages_ptr, arena_ptr, slots_ptr, base_ptr, tokens_ptr, start: tl.int64, count, plane, plane_start,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, TO_PAGES: tl.constexpr,
     STAGING: tl.constexpr,
 ):  # fmt: skip
