@@ -77,7 +77,7 @@ class EngineSettings(_Section):
     graph_start_s: float = Field(
         default=10.0,
         ge=0,
-        description="seconds that capturing CUDA graphs may take at start, per worker; the rest are captured when it is "
+        description="seconds that capturing CUDA graphs may take at a worker's start; the rest are captured when it is "
         "idle, and until then such steps use a larger graph or are launched kernel by kernel",
     )
     tensor_parallel: int = Field(

@@ -53,8 +53,16 @@ class Bench:
     ranks = 1  #: that share the language model
 
     def __init__(
-        self, shape: str, device: str, max_vision_tokens: int, plan: str, *, layers: int | None = None
+        self,
+        shape: str,
+        device: str,
+        max_vision_tokens: int,
+        plan: str,
+        *,
+        layers: int | None = None,
+        max_batch_tokens: int | None = None,
     ) -> None:
+        """``max_vision_tokens``: of one request; ``max_batch_tokens``: of a step, None: so many that no prompt is cut."""
         self.device = torch.device(device)
         dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.config = model_config(shape, layers)
@@ -66,7 +74,7 @@ class Bench:
         settings = EngineSettings(
             store_bytes=3 * max_vision_tokens * token_bytes + (64 << 20),
             kv_bytes=blocks,
-            max_batch_tokens=max_vision_tokens + 4096,
+            max_batch_tokens=max_batch_tokens or max_vision_tokens + 4096,
         )
         self.arena, self.store = build_store(self.layout, settings, self.device)
         limit = max(self.config.text.max_position_embeddings, max_vision_tokens + 2048)

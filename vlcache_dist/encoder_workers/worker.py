@@ -70,7 +70,8 @@ class _Task:
 class EncoderWorker:
     """Owns the vision tower. Encoding is single flight per content key; a picture that fails, fails alone.
 
-    ``graph_start_s``: see ``config``. ``max_patches`` bounds one forward pass, ``max_waiting_tokens`` the queue (above it: Overloaded).
+    ``graph_start_s``: see ``config``. ``max_patches`` bounds one forward pass, ``max_waiting_tokens`` the queue (above
+    it: Overloaded).
     """
 
     def __init__(

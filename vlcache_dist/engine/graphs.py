@@ -2,8 +2,8 @@
 
 A warm prefill of a few hundred rows takes some 5 ms on the GPU and three times as long to launch kernel by kernel; in a
 graph the launches cost nothing. A graph is captured for a *shape* (``engine.graph_shapes``), and a step is padded to a
-shape that holds it. Padding rows write nowhere (slot -1) and attend to block 0, which is finite whatever it holds. Which
-shapes are captured, and when, says ``model.graph_policy``: never while somebody waits.
+shape that holds it. Padding rows write nowhere (slot -1) and attend to block 0, which is finite whatever it holds.
+Which shapes are captured, and when, says ``model.graph_policy``: never while somebody waits.
 
 Scattering the reused tokens, recording, and drawing the likeliest tokens are in the graph, so that such a step is one
 copy to the device, one launch and one copy back. Only steps in which every row goes through every layer qualify

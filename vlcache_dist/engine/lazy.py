@@ -20,7 +20,7 @@ from vlcache_dist.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class Traffic:
     """Steps to come: rows of a step, sequences at a time, tokens of a sequence; whether sequences are decoded."""
 
     max_rows: int
@@ -29,21 +29,22 @@ class Load:
     decodes: bool
 
 
-def compile_ahead(model: LanguageModel, pages: torch.Tensor, arena: torch.Tensor, load: Load) -> None:
+def compile_ahead(model: LanguageModel, pages: torch.Tensor, arena: torch.Tensor, traffic: Traffic) -> None:
     """Use every kernel of such steps once, writing nothing to ``pages`` and ``arena``; waits for the device. Nothing
     where Triton is not used."""
     if not kernels.uses_triton(pages):
         return
     kernels.compile_attention(model.config.num_heads, pages[0, 0], pages[0, 1])
     layers = model.config.num_layers
-    for shape in eager_shapes(load.max_rows):
+    for shape in eager_shapes(traffic.max_rows):
         inputs = padding(shape, pages)
         logits = padded_logits(model, inputs.tensors, shape, pages, arena)
         if shape.near:  # a chunk that ends before its prompt does has no row behind the last layer's K and V
             x, batch, _ = padded_input(model, inputs.tensors, shape, arena)
-            last = {"rows_q": (*batch.rows_q[:-1], 0), "segs_q": (*batch.segs_q[:-1], 0), "num_samples": 0}
-            model.run_layers(x, replace(batch, **last), pages, arena, 0, layers)
-    sample_all_ways(logits)
+            rows_q, segs_q = (*batch.rows_q[:-1], 0), (*batch.segs_q[:-1], 0)
+            batch = replace(batch, rows_q=rows_q, segs_q=segs_q, num_samples=0)
+            model.run_layers(x, batch, pages, arena, 0, layers)
+    sample_all_ways(torch.zeros_like(logits))
     nowhere = torch.full((1,), -1, dtype=torch.int64, device=pages.device)
     kernels.pack_rows(pages, nowhere, arena, 0)
     kernels.unpack_rows(arena, 0, pages, nowhere)

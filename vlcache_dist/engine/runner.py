@@ -15,7 +15,7 @@ from vlcache_dist import kernels
 from vlcache_dist.engine.batch import StepBatch
 from vlcache_dist.engine.graph_shapes import decode_shapes, prefill_shapes
 from vlcache_dist.engine.graphs import GraphedForward
-from vlcache_dist.engine.lazy import Load, compile_ahead
+from vlcache_dist.engine.lazy import Traffic, compile_ahead
 from vlcache_dist.kv.arena import Arena
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
@@ -72,13 +72,13 @@ class Runner:
         scatter, batch = ScatterBatch.from_step(step, self.device), ForwardBatch.from_step(step, self.device)
         return self.model.forward(batch, self.pages, self.arena.tensor, scatter)
 
-    def expect(self, load: Load) -> None:
+    def expect(self, traffic: Traffic) -> None:
         """Compile and load what steps of this kind use, and plan their graphs, which ``prepare`` captures."""
-        compile_ahead(self.model, self.pages, self.arena.tensor, load)
+        compile_ahead(self.model, self.pages, self.arena.tensor, traffic)
         if self._graphs is not None:
-            if load.decodes:
-                self._graphs.plan(decode_shapes(load.max_batch, load.max_keys))
-            self._graphs.plan(prefill_shapes(load.max_rows, load.max_batch, load.max_keys))
+            if traffic.decodes:
+                self._graphs.plan(decode_shapes(traffic.max_batch, traffic.max_keys))
+            self._graphs.plan(prefill_shapes(traffic.max_rows, traffic.max_batch, traffic.max_keys))
 
     def prepare(self) -> bool:
         """Do a piece of what will make coming steps faster; False if there is nothing left to prepare."""

@@ -7,7 +7,7 @@ import time
 
 from vlcache_dist.engine.api import Failed
 from vlcache_dist.engine.engine import Engine
-from vlcache_dist.engine.lazy import Load
+from vlcache_dist.engine.lazy import Traffic
 from vlcache_dist.types import ReuseMode, SamplingParams
 from vlcache_dist.wire import Generation
 
@@ -22,7 +22,7 @@ def warm_up(engine: Engine, *, decodes: bool = True) -> None:
     _generate(engine)
     config, started = engine.config, time.monotonic()
     keys = min(config.max_model_len, GRAPH_KEYS, engine.pool.num_blocks * config.block_size)
-    engine.runner.expect(Load(config.max_batch_tokens, config.max_running, keys, decodes))
+    engine.runner.expect(Traffic(config.max_batch_tokens, config.max_running, keys, decodes))
     compiled = time.monotonic()
     while time.monotonic() < compiled + config.graph_start_s and engine.runner.prepare():
         pass

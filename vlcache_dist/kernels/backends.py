@@ -204,8 +204,8 @@ def _active(q: torch.Tensor) -> AttentionBackend:
 
 
 def compile_attention(heads: int, k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
-    """Compile what Triton's ``segment_attention`` of ``heads`` query heads over such pages can need; flash-attn compiles
-    once, at its first call."""
+    """Compile what Triton's ``segment_attention`` of ``heads`` query heads over such pages can need. flash-attn
+    compiles once, at its first call."""
     if uses_triton(k_pages):
         from vlcache_dist.kernels.gpu import attention as gpu
 

@@ -36,8 +36,8 @@ class GraphReport:
 
 
 class GraphPolicy(Generic[S]):
-    """``holds(graph, step)``: a step of this least shape can be padded to the graph's, and that pays; ``cost``: order of
-    the graphs that do, the cheapest first; at most ``limit`` graphs."""
+    """``holds(graph, step)``: a step of this least shape can be padded to the graph's, and that pays; ``cost``: order
+    of the graphs that do, the cheapest first; at most ``limit`` graphs."""
 
     def __init__(self, holds: Callable[[S, S], bool], cost: Callable[[S], Any], limit: int) -> None:
         self._holds, self._cost, self._limit = holds, cost, limit

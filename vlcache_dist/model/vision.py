@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from vlcache_dist import kernels
 from vlcache_dist.model.config import VisionConfig
-from vlcache_dist.model.upload import upload
 from vlcache_dist.model.graph_policy import GraphReport
+from vlcache_dist.model.upload import upload
 from vlcache_dist.model.vision_graphs import GraphedTower
 from vlcache_dist.model.vision_layout import Grid, vision_layout
 
@@ -141,7 +141,8 @@ class VisionTower:
             grid = (frames, side * merge, side * merge)
             rows = grid[0] * grid[1] * grid[2]
             self.forward(torch.zeros(rows, self.config.patch_elements, device=self.device, dtype=self.dtype), [grid])
-        torch.cuda.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         compiled = time.monotonic()
         while time.monotonic() < compiled + graph_s and self.prepare():
             pass

@@ -80,7 +80,7 @@ def holds(graph: VisionShape, batch: VisionShape) -> bool:
     kernel by kernel, which takes as long as some 2,048 patches."""
     spare = graph.patches - batch.patches
     return (
-        0 <= spare
+        spare >= 0
         and graph.longest_frame == graph.patches <= max(2048, 3 * batch.patches // 2)
         and graph.longest_window >= batch.longest_window
         and graph.windows >= batch.windows + spare // batch.longest_window + 1
@@ -124,7 +124,7 @@ class _Graph:
 
 
 class GraphedTower:
-    """Graphs of one tower's ``encode``. One thread at a time, always on the same stream. ``merged`` patches per token."""
+    """Graphs of one tower's ``encode``; ``merged`` patches per token. One thread at a time, on one stream."""
 
     def __init__(
         self, encode: Encode, patch_elements: int, merged: int, device: torch.device, dtype: torch.dtype

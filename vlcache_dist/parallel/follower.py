@@ -117,7 +117,7 @@ class _Follower:
             case p.Launch():
                 self._runner.launch(command.step, (), ())
             case p.Expect():
-                self._runner.expect(command.load)
+                self._runner.expect(command.traffic)
             case p.Prepare():
                 self._runner.prepare()
             case p.PrepareLayers():

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from vlcache_dist.engine.batch import StepBatch
-from vlcache_dist.engine.lazy import Load
+from vlcache_dist.engine.lazy import Traffic
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.transfer.base import PeerInfo, Piece
 
@@ -65,7 +65,7 @@ class Launch(Command, frozen=True):
 class Expect(Command, frozen=True):
     """``Runner.expect``."""
 
-    load: Load
+    traffic: Traffic
 
 
 class Prepare(Command, frozen=True):
