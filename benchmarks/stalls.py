@@ -1,10 +1,10 @@
 """How long the slowest step of a stream of random requests takes, right after start: ``python benchmarks/stalls.py
 --shape 7b --json FILE [--cold-start]``.
 
-Requests arrive at random: text, pictures never seen, pictures in the store, several at a time, of random lengths, greedy
-and not. Between them the engine idles as its driver lets it. A step is compared with the median of steps of its kind
-and size, so that what stands out is what happened once: a kernel compiled, a graph captured. ``--cold-start`` leaves the
-warm-up out, except for one short text.
+Requests arrive at random: text, pictures never seen, pictures in the store, several at a time, of random lengths,
+greedy and not. Between them the engine idles as its driver lets it. A step is compared with the median of steps of its
+kind and size, so that what stands out is what happened once: a kernel compiled, a graph captured. ``--cold-start``
+leaves the warm-up out, except for one short text.
 """
 
 from __future__ import annotations
@@ -94,7 +94,13 @@ class Stream:
         self.sources[name] = sources
         self.open.add(name)
         generation = Generation(
-            name, "", tuple(tokens), tuple(spans), sampling, ReuseMode.APPROX, str(rng.choice(["uniform:5", "uniform:2"]))
+            name,
+            "",
+            tuple(tokens),
+            tuple(spans),
+            sampling,
+            ReuseMode.APPROX,
+            str(rng.choice(["uniform:5", "uniform:2"])),
         )
         bench.engine.add(generation, time.monotonic())
 
@@ -132,7 +138,11 @@ class Stream:
             before = time.perf_counter()
             out = bench.tower.forward(image.patches, [image.grid])
             extent = bench.store.begin(
-                ObjectKind.EMBEDDING, key, new_variant(), bench.layout.embedding_elements(image.tokens), time.monotonic()
+                ObjectKind.EMBEDDING,
+                key,
+                new_variant(),
+                bench.layout.embedding_elements(image.tokens),
+                time.monotonic(),
             )
             bench.engine.runner.store_embeddings(out, extent)
             self.towers_ms.append((time.perf_counter() - before) * 1e3)
@@ -152,7 +162,9 @@ def over(steps: list[Step]) -> list[float]:
     return [step.ms - statistics.median(alike[step.kind, step.rows.bit_length()]) for step in steps]
 
 
-def run(shape: str, device: str, requests: int, rate: float, cold_start: bool, sizes: tuple[int, ...]) -> dict[str, Any]:
+def run(
+    shape: str, device: str, requests: int, rate: float, cold_start: bool, sizes: tuple[int, ...]
+) -> dict[str, Any]:
     """The report; times in milliseconds."""
     bench = Bench(shape, device, 2 * len(sizes) * max(sizes) // 3, "uniform:5", max_batch_tokens=2048)
     started = time.perf_counter()

@@ -62,7 +62,7 @@ class Bench:
         layers: int | None = None,
         max_batch_tokens: int | None = None,
     ) -> None:
-        """``max_vision_tokens``: of one request; ``max_batch_tokens``: of a step, None: so many that no prompt is cut."""
+        """``max_vision_tokens``: of a request; ``max_batch_tokens``: of a step, None: so many that no prompt is cut."""
         self.device = torch.device(device)
         dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.config = model_config(shape, layers)

@@ -17,7 +17,10 @@ LEAST_SCATTER = 256
 FAR_STEP = 16  #: sampled and far rows together are padded to a multiple of it
 #: Rows that see far and near of the prefill steps to be captured ahead (sampled ones apart): short prompts, and
 #: warm requests with what is recomputed of their images.
-PREFILL_ROWS = ((63, 64), (63, 192), (127, 0), (255, 0), (63, 448), (255, 256), (511, 0), (255, 768), (1023, 0))
+PREFILL_ROWS = (
+    *((63, 64), (63, 192), (127, 128), (63, 448), (255, 256), (255, 768)),
+    *((127, 0), (255, 0), (511, 0), (1023, 0)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +108,13 @@ def prefill_shapes(max_rows: int, max_batch: int, max_keys: int) -> list[Shape]:
             rows=samples + far + near,
             samples=samples,
             far=far,
-            far_segments=8,
+            far_segments=8 if samples == 1 else 32,
             far_max_q=_power_of_two(far),
             max_kv=bound,
             near_segments=32 if near else 0,
             near_max_q=_power_of_two(near),
             near_max_kv=max(LEAST_NEAR_KEYS, bound // 4) if near else 0,
-            scatter=bound if near else 0,
+            scatter=bound if near else 2 * LEAST_KEYS,
             recording=True,
         )
         for samples in dict.fromkeys((1, crowd))
@@ -153,8 +156,8 @@ def holds(graph: Shape, step: Shape) -> bool:
 
 def worthwhile(graph: Shape, step: Shape) -> bool:
     """True if computing ``graph``'s rows from a graph is faster than launching ``step``'s kernel by kernel, which takes
-    as long as some 256 rows."""
-    return graph.rows <= max(256, 3 * step.rows // 2)
+    as long as some 450 rows."""
+    return graph.far + graph.near <= max(448, 3 * step.rows // 2)
 
 
 def cost(graph: Shape) -> tuple[int, ...]:
