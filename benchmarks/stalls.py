@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -27,6 +28,7 @@ import torch
 
 from vlcache_dist.bench.ttft import Bench, machine
 from vlcache_dist.engine.api import Admitted, Compute, Failed, Reuse, TokenEvent
+from vlcache_dist.engine.driver import IDLE_SHARE
 from vlcache_dist.engine.engine import new_variant
 from vlcache_dist.engine.warmup import warm_up
 from vlcache_dist.types import MediaSpan, ObjectKind, ReuseMode, SamplingParams
@@ -57,21 +59,30 @@ class Stream:
         self.open: set[str] = set()
         self.steps: list[Step] = []
         self.towers_ms: list[float] = []
+        self.idle_ms: list[float] = []
+        self.late_ms: list[float] = []
 
     def run(self, requests: int, rate: float) -> float:
         """``requests`` of them, ``rate`` per second; seconds until all are answered."""
         started, engine = time.perf_counter(), self.bench.engine
+        idle_at = started
         due = started + np.cumsum(self.rng.exponential(1 / rate, requests))
         sent = 0
         while sent < requests or self.open:
             now = time.perf_counter()
             while sent < requests and due[sent] <= now:
                 self._ask(sent)
-                sent += 1
+                self.late_ms.append((time.perf_counter() - due[sent]) * 1e3)
+                sent, idle_at = sent + 1, now if idle_at == math.inf else idle_at
             if engine.has_work():
                 self._step(started)
-            elif not (engine.idle() or self.bench.tower.prepare()) and sent < requests:
-                time.sleep(max(0.0, min(due[sent] - time.perf_counter(), 0.01)))
+            elif idle_at <= now:
+                more = engine.idle() or self.bench.tower.prepare()
+                took = time.perf_counter() - now
+                idle_at = now + took / IDLE_SHARE if more else math.inf
+                self.idle_ms += [took * 1e3] * more
+            elif sent < requests:
+                time.sleep(max(0.0, min(due[sent], idle_at) - time.perf_counter()))
         return time.perf_counter() - started
 
     def _ask(self, number: int) -> None:
@@ -188,6 +199,8 @@ def run(
         "step_ms": {"p50": times[len(times) // 2], "p99": times[int(len(times) * 0.99)], "max": times[-1]},
         "stalls": sum(ms > STALL_MS for ms in excess), "stall_ms": STALL_MS, "most_over_ms": max(excess),
         "stalled_s": sum(ms for ms in excess if ms > STALL_MS) / 1e3,
+        "idle_ms": {"count": len(stream.idle_ms), "max": max(stream.idle_ms, default=0.0)},
+        "seen_late_ms": {"p50": statistics.median(stream.late_ms), "max": max(stream.late_ms)},
         "tower_ms": {"max": max(stream.towers_ms, default=0.0), "count": len(stream.towers_ms)},
         "graphs_at_start": None if at_start is None else asdict(at_start),
         "graphs": None if report is None else asdict(report), "tower_graphs": None if tower is None else asdict(tower),

@@ -148,8 +148,8 @@ def main() -> None:
         site.runner.expect(TRAFFIC)
         site.tower.warm_up(0.0)
     ahead = {name: set(keys) for name, keys in forms.items()}
-    site.traffic(60)
-    site.pictures(25)
+    site.traffic(40)
+    site.pictures(15)
     late = {name: sorted(keys - ahead.get(name, set())) for name, keys in forms.items()}
     print(json.dumps({"ahead": {n: len(k) for n, k in ahead.items()}, "late": {n: k for n, k in late.items() if k}}))
 

@@ -147,10 +147,10 @@ def test_padding_alone_writes_nothing_and_is_finite() -> None:
         assert torch.equal(pages, before[0]) and torch.equal(arena, before[1])
 
 
-AHEAD = prefill_shapes(max_rows=2048, max_batch=4, max_keys=512)
+AHEAD = prefill_shapes(max_rows=512, max_batch=4, max_keys=512)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(PIECES)
 def test_a_larger_shape_computes_the_same(pieces: list[tuple[int, int, int]]) -> None:
     """Steps are padded to shapes captured at start, whose far and near rows, segments and bounds are others."""
@@ -162,7 +162,7 @@ def test_a_larger_shape_computes_the_same(pieces: list[tuple[int, int, int]]) ->
     )
     able = sorted((shape for shape in AHEAD if holds(shape, least)), key=cost)
     assert able, "what this test draws is held by what is captured at start"
-    for shape in (able[0], able[-1]):
+    for shape in (able[0], able[len(able) // 2]):
         plain, arena = memory("cpu", torch.float32)
         padded, recorded = plain.clone(), arena.clone()
         expected = language.forward(
@@ -207,11 +207,11 @@ def test_graphs_replay_what_is_launched() -> None:
     replayed = plain.clone()
     rng = np.random.default_rng(0)
     recorded = arena.clone()
-    graphs = GraphedForward(language, replayed, recorded)
     for pieces in ([(0, 30, TEXT_ONLY)], [(3, 20, REUSED), (9, 1, TEXT_ONLY)], [(0, 25, FRESH)], [(30, 1, TEXT_ONLY)]):
         step = step_of(rng, pieces)
         scatter = ScatterBatch.from_step(step, "cuda")
         expected = language.forward(ForwardBatch.from_step(step, "cuda"), plain, arena, scatter)
+        graphs = GraphedForward(language, replayed, recorded)
         for _ in range(4):
             assert graphs.run(step) is None, "nothing is captured while somebody waits"
         assert graphs.capture_next()
@@ -233,6 +233,7 @@ def test_an_idle_engine_captures_what_was_used() -> None:
     step = step_of(np.random.default_rng(0), [(3, 20, REUSED)])
     before = pages.clone()
     assert not graphs.capture_next() and graphs.run(step) is None
+    assert not graphs.capture_next() and graphs.run(step) is None, "what came once may not come again"
     assert graphs.capture_next() and not graphs.capture_next()
     assert torch.equal(pages, before), "capturing runs on padding"
     assert graphs.run(step) is not None

@@ -6,6 +6,7 @@ Plain Python over a ``Node``; the Ray actor around it is in ``actor.py``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from vlcache_dist.rpc import Call
 from vlcache_dist.types import ContentKey, MediaSpan, ObjectKind
 
 log = logging.getLogger(__name__)
+IDLE_SHARE = 0.05  #: of the time that may be used when nobody waits: who comes meanwhile does wait
 T = TypeVar("T")
 
 
@@ -206,9 +208,12 @@ class EncoderWorker:
     async def _encode_forever(self) -> None:
         try:
             while True:
-                while not self._wake.is_set() and await self._in_device(self._tower.prepare):
-                    pass
-                await self._wake.wait()
+                while not self._wake.is_set():
+                    started = time.perf_counter()
+                    more = await self._in_device(self._tower.prepare)
+                    pause = (time.perf_counter() - started) * (1 / IDLE_SHARE - 1)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._wake.wait(), pause if more else None)
                 self._wake.clear()
                 while batch := self._scheduler.next_batch():
                     await self._encode_batch([self._tasks[job.key] for job in batch])

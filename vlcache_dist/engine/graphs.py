@@ -17,13 +17,14 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from vlcache_dist.engine.batch import StepBatch
-from vlcache_dist.engine.graph_shapes import Shape, cost, holds, shape_for, worthwhile
+from vlcache_dist.engine.graph_shapes import Shape, cost, holds, launched_rows, shape_for, worthwhile
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
 from vlcache_dist.model.capture import captured
 from vlcache_dist.model.graph_policy import GraphPolicy, GraphReport
@@ -233,7 +234,7 @@ class GraphedForward:
         self._model = model
         self._pages = pages
         self._arena = arena
-        self._policy: GraphPolicy[Shape] = GraphPolicy(_pays, cost, MAX_GRAPHS)
+        self._policy: GraphPolicy[Shape] = GraphPolicy(partial(pays, launched_by(model)), cost, MAX_GRAPHS)
         self._graphs: dict[Shape, _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -295,5 +296,12 @@ def padding(shape: Shape, pages: torch.Tensor) -> FixedInputs:
     return inputs
 
 
-def _pays(graph: Shape, step: Shape) -> bool:
-    return holds(graph, step) and worthwhile(graph, step)
+def launched_by(model: LanguageModel) -> int:
+    """Rows that take as long as launching one of the model's layers."""
+    layer = model.layers[0]
+    return launched_rows(sum(weight.numel() for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)))
+
+
+def pays(launched: int, graph: Shape, step: Shape) -> bool:
+    """True if such a step is to be replayed from ``graph`` rather than launched."""
+    return holds(graph, step) and worthwhile(graph, step, launched)

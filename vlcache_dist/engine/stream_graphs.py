@@ -8,13 +8,14 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 
 from vlcache_dist.engine.batch import StepBatch
-from vlcache_dist.engine.graph_shapes import Shape, cost, holds, shape_for, worthwhile
-from vlcache_dist.engine.graphs import PaddedStep, Replayed, pad_step, padded_input, padding
+from vlcache_dist.engine.graph_shapes import Shape, cost, shape_for
+from vlcache_dist.engine.graphs import PaddedStep, Replayed, launched_by, pad_step, padded_input, padding, pays
 from vlcache_dist.model.graph_policy import GraphPolicy, GraphReport
 from vlcache_dist.model.language import LanguageModel
 from vlcache_dist.model.upload import FixedInputs
@@ -55,7 +56,7 @@ class GroupedForward:
         self._model = model
         self._pages = pages
         self._arena = arena
-        self._policy: GraphPolicy[Name] = GraphPolicy(_pays, _cost, MAX_GROUPED)
+        self._policy: GraphPolicy[Name] = GraphPolicy(partial(_pays, launched_by(model)), _cost, MAX_GROUPED)
         self._grouped: dict[Name, _Grouped] = {}
         # Not the pool of other graphs: what they leave there must not overwrite a pass that waits for its next group.
         self._pool = torch.cuda.graph_pool_handle()
@@ -127,8 +128,8 @@ class GroupedForward:
         return padded_group(self._model, inputs.tensors, shape, self._pages, self._arena, x, start, stop)
 
 
-def _pays(graph: Name, step: Name) -> bool:
-    return graph[1] == step[1] and holds(graph[0], step[0]) and worthwhile(graph[0], step[0])
+def _pays(launched: int, graph: Name, step: Name) -> bool:
+    return graph[1] == step[1] and pays(launched, graph[0], step[0])
 
 
 def _cost(graph: Name) -> tuple[int, ...]:

@@ -3,9 +3,11 @@
 Capturing takes as long as ten steps, so nobody waits for it::
 
     at start     the plan, in order, for as long as the settings allow
-    when idle    shapes that no graph held, the latest first; then the rest of the plan; then shapes that keep coming
-                 back although a larger graph holds them
+    when idle    shapes that no graph held, twice, the latest first; then the rest of the plan; then shapes that keep
+                 coming back although a larger graph holds them
     in a step    nothing: it is replayed from the fastest graph that holds it, or launched kernel by kernel
+
+Beyond the most graphs there may be, the least recently used is given up, planned ones last: they hold what comes once.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 S = TypeVar("S", bound=Hashable)
+SEEN_AGAIN = 2  #: uses after which a shape that no graph holds gets one
 WORTH_ITS_OWN = 3  #: uses after which a shape that a larger graph holds gets a graph of its own
 _REMEMBERED = 1024  #: shapes without a graph of their own
 
@@ -44,6 +47,7 @@ class GraphPolicy(Generic[S]):
         self._captured: OrderedDict[S, None] = OrderedDict()  # the least recently used first
         self._given_up: set[S] = set()
         self._planned: OrderedDict[S, None] = OrderedDict()
+        self._kept: set[S] = set()  # captured, of the plan
         self._wanted: OrderedDict[S, int] = OrderedDict()  # uses; the latest last
         self._larger: dict[S, S | None] = {}  # what ``_find`` said, until graphs come or go
         self._replayed = self._replayed_larger = self._launched = 0
@@ -72,26 +76,29 @@ class GraphPolicy(Generic[S]):
 
     def next(self) -> S | None:
         """The shape to capture now, if there is nothing else to do; None if that is not worth it."""
-        latest = reversed(self._wanted)
-        bare = next((shape for shape in latest if self._find(shape) is None), None)
+        again = [shape for shape, uses in reversed(self._wanted.items()) if uses >= SEEN_AGAIN]
+        bare = next((shape for shape in again if self._find(shape) is None), None)
         if bare is not None:
             return bare
         if self._planned:
             return next(iter(self._planned))
-        often = (shape for shape, uses in reversed(self._wanted.items()) if uses >= WORTH_ITS_OWN)
-        return next(often, None)
+        return next((shape for shape in again if self._wanted[shape] >= WORTH_ITS_OWN), None)
 
     def make_room(self) -> S | None:
         """The graph to give up before another one is captured; None while there is room."""
         if len(self._captured) < self._limit:
             return None
-        shape, _ = self._captured.popitem(last=False)
+        shape = next((shape for shape in self._captured if shape not in self._kept), next(iter(self._captured)))
+        del self._captured[shape]
+        self._kept.discard(shape)
         self._larger.clear()
         return shape
 
     def captured(self, shape: S, took_s: float) -> None:
         """Its graph is there."""
         self._capture_s += took_s
+        if shape in self._planned:
+            self._kept.add(shape)
         self._settled(shape)
         self._captured[shape] = None
         self._larger.clear()
