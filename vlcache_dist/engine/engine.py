@@ -64,13 +64,14 @@ MAX_FAILED_STEPS = 3  #: in a row; then the device is taken for broken and ``ste
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """``max_batch_tokens`` rows per step, ``max_running`` admitted and ``max_waiting`` queued requests,
-    ``max_model_len`` tokens of prompt and answer."""
+    ``max_model_len`` tokens of prompt and answer. ``graph_start_s``: seconds for capturing graphs in ``warm_up``."""
 
     block_size: int
     max_batch_tokens: int
     max_running: int
     max_waiting: int
     max_model_len: int
+    graph_start_s: float = 0.0
 
 
 def new_variant() -> Variant:
@@ -250,7 +251,7 @@ class Engine:
 
     def idle(self) -> bool:
         """Use the time in which nobody waits; False if there is nothing to do with it."""
-        return self._stream is None and self.runner.prepare()
+        return self._stream is None and (self.runner.prepare() or self._streamer.prepare())
 
     def _admit(self, now: float) -> None:
         while (sequence := self._scheduler.next_waiting()) is not None:

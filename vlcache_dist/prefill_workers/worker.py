@@ -90,6 +90,7 @@ class PrefillWorker:
         return {
             "engine": msgspec.to_builtins(stats),
             "kv_bytes": self.engine.runner.pages.nbytes,
+            "graphs": msgspec.to_builtins(self.engine.runner.graph_report()),
             "parked": len(self._parked),
             "producing": len(self._production),
             "guard": self.shadows.status(),
