@@ -230,14 +230,17 @@ class Engine:
     # -- the loop -----------------------------------------------------------------------------------------------
 
     def step(self, now: float) -> list[Event]:
-        """Admit, run one forward pass, return what happened. Device work that events speak of is finished. Raises
-        EngineError when several passes in a row have failed: the device must be taken for broken."""
+        """Admit, run one forward pass, return what happened. Device work that events speak of is finished. What
+        happened before the pass is returned without it: a token, or a request that looks for its sources, is not to wait
+        for other requests' tokens. Raises EngineError when several passes in a row have failed: the device must be taken
+        for broken."""
         self._admit(now)
         self._advance_stream(now)
-        work = self._scheduler.schedule()
-        self._scheduler.hold_back = True
-        if work:
-            self._run(work, now)
+        if not self._events:
+            work = self._scheduler.schedule()
+            self._scheduler.hold_back = True
+            if work:
+                self._run(work, now)
         events, self._events = self._events, []
         return events
 
