@@ -231,9 +231,9 @@ class Engine:
 
     def step(self, now: float) -> list[Event]:
         """Admit, run one forward pass, return what happened. Device work that events speak of is finished. What
-        happened before the pass is returned without it: a token, or a request that looks for its sources, is not to wait
-        for other requests' tokens. Raises EngineError when several passes in a row have failed: the device must be taken
-        for broken."""
+        happened before the pass is returned without it: a token, or a request that looks for its sources, is not to
+        wait for other requests' tokens. Raises EngineError when several passes in a row have failed: the device must be
+        taken for broken."""
         self._admit(now)
         self._advance_stream(now)
         if not self._events:
