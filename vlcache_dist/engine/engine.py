@@ -326,6 +326,7 @@ class Engine:
                 stream.look = self._look(sequence)
             if not stream.admitted:
                 return
+            sequence.offer(self.prefix, chunk.end)  # while the device computes, as in ``_run``
             tokens, logprobs = stream.result().result()
             ratios = None if stream.look is None else stream.look.ratios()
         except WorkerLost:
@@ -335,7 +336,6 @@ class Engine:
             return
         self._stream, sequence.streaming = None, False
         self._passed([(sequence, chunk)], stream.step)
-        sequence.offer(self.prefix, chunk.end)
         if ratios is not None and stream.look is not None and self._settle(sequence, stream.look.spans, ratios):
             return
         for token, logprob in zip(tokens, logprobs, strict=True):

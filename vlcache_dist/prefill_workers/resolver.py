@@ -48,6 +48,7 @@ from vlcache_dist.types import ContentKey, KVSource, MediaSpan, ObjectKind, Reus
 log = logging.getLogger(__name__)
 ENCODE_ATTEMPTS = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.2  #: between attempts to find room
+ASKING = 4  #: turns of the loop from ``head_start`` to the holder's socket: heading, fetch, flight, call
 MIN_PATIENCE_S = 0.5  #: with less time left than twice this, a request computes rather than waits
 
 Advise = Callable[[int, Variant], Advice]  #: what is remembered of an object's context beside that of span number ...
@@ -87,11 +88,14 @@ class SpanResolver:
         self._ahead: dict[ContentKey, Arrival] = {}
         self._heading: asyncio.Task[None] | None = None
 
-    def head_start(self) -> None:
+    async def head_start(self) -> None:
         """Begin to fetch what other workers hold, while the engine admits the request. A span that turns out to lie in
-        the prefix cache is fetched in vain."""
+        the prefix cache is fetched in vain. Holders that the ingress named are asked before the engine's thread is
+        woken, which would have the interpreter for itself for most of the round trip."""
         if self._generation.reuse is ReuseMode.APPROX:
             self._heading = asyncio.create_task(self._head_start())
+            for _ in range(ASKING if self._hints else 0):
+                await asyncio.sleep(0)
 
     async def stop(self) -> None:
         """End what was begun and is not used; nothing is begun afterwards. Idempotent."""
