@@ -200,7 +200,7 @@ def run(
         "stalls": sum(ms > STALL_MS for ms in excess), "stall_ms": STALL_MS, "most_over_ms": max(excess),
         "stalled_s": sum(ms for ms in excess if ms > STALL_MS) / 1e3,
         "idle_ms": {"count": len(stream.idle_ms), "max": max(stream.idle_ms, default=0.0)},
-        "seen_late_ms": {"p50": statistics.median(stream.late_ms), "max": max(stream.late_ms)},
+        "seen_late_ms": {"p50": float(statistics.median(stream.late_ms)), "max": float(max(stream.late_ms))},
         "tower_ms": {"max": max(stream.towers_ms, default=0.0), "count": len(stream.towers_ms)},
         "graphs_at_start": None if at_start is None else asdict(at_start),
         "graphs": None if report is None else asdict(report), "tower_graphs": None if tower is None else asdict(tower),
