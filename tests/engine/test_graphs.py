@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,8 +20,10 @@ from vlcache_dist.engine.graph_shapes import (
     decode_shapes,
     eager_shapes,
     holds,
+    launched_rows,
     prefill_shapes,
     shape_for,
+    worthwhile,
 )
 from vlcache_dist.engine.graphs import GraphedForward, PaddedStep, fill_padding, pad_step, padded_logits
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
@@ -186,6 +190,16 @@ def test_shapes_to_be_captured_ahead_are_few_and_consistent() -> None:
         assert len(shapes) <= 60 and all(shape.rows <= max(max_rows, 2 * 64) + max_batch for shape in shapes)
         assert all(shape.near >= 0 and (shape.near_segments > 0) == (shape.near > 0) for shape in shapes)
         assert all((shape.far_segments > 0) == (shape.far > 0) for shape in shapes)
+
+
+def test_a_larger_graph_pays_up_to_what_launching_costs() -> None:
+    """7B: some 1,100 rows are computed while a step is launched; 32B, with its larger layers: half as many."""
+    seven, thirty_two = launched_rows(233_057_280), launched_rows(487_587_840)
+    assert 1000 < seven < 1200 and 450 < thirty_two < 600
+    few, many = (prefill_shapes(2048, 1, 4096)[i] for i in (0, -1))
+    assert few.rows == 128 and many.rows == 1024
+    assert worthwhile(many, few, seven) and not worthwhile(many, few, thirty_two)
+    assert worthwhile(many, replace(few, rows=700), thirty_two), "a step of its own kind of size"
 
 
 @pytest.mark.parametrize("lengths", [(30,), (30, 100, 7), (3000, 1), (10,) * 9])

@@ -38,7 +38,7 @@ def _generate(engine: Engine) -> None:
     request = Generation(
         request_id="warm-up",
         tenant="",
-        token_ids=tuple(range(1, length + 1)),
+        token_ids=(1,) * length,
         spans=(),
         sampling=SamplingParams(max_tokens=3, ignore_eos=True),
         reuse=ReuseMode.OFF,
