@@ -1,6 +1,7 @@
 """Which compiled forms of the Triton kernels serving uses, found without a GPU: a program of its own, because kernels
 must be decorated for compiling, not for Triton's interpreter. Prints how many forms warm-up makes and which it does
-not, as JSON; with ``--cold`` there is no warm-up.
+not, as JSON; with ``--cold`` there is no warm-up. With ``--compile`` it compiles one form of each kernel for a Hopper
+GPU instead, which needs none, and prints what came out.
 
 Launches are recorded instead of run: the key under which Triton keeps a compiled kernel follows from types, alignment,
 divisibility and compile-time constants of the arguments, and from nothing else.
@@ -11,14 +12,16 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from vlcache_dist import kernels
@@ -35,28 +38,47 @@ from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.model.weights import BUNDLED, Checkpoint
 from vlcache_dist.types import SamplingParams
 
+HOPPER = GPUTarget("cuda", 90, 32)
 BLOCK, BLOCKS, LAYERS = 128, 24, 3
 TRAFFIC = Traffic(max_rows=2304, max_batch=8, max_keys=2048, decodes=True)
 Forms = dict[str, set[str]]
 
 
-def record() -> Forms:
+class Recorder:
     """From now on every launch is noted, by kernel, and not run."""
-    forms: Forms = defaultdict(set)
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    for module in (attention, checksum, extents, gemv, packed, pointwise, rope):
-        for name, function in vars(module).items():
-            if not isinstance(function, JITFunction):
-                continue
-            binder = create_function_from_signature(function.signature, function.params, backend)
 
-            function.run = partial(_note, forms[name], binder)
-    return forms
+    def __init__(self) -> None:
+        self.forms: Forms = defaultdict(set)
+        self._backend = make_backend(HOPPER)
+        self._last: dict[str, Callable[[], CompiledKernel]] = {}
+        for module in (attention, checksum, extents, gemv, packed, pointwise, rope):
+            for function in vars(module).values():
+                if isinstance(function, JITFunction):
+                    binder = create_function_from_signature(function.signature, function.params, self._backend)
+                    function.run = partial(self._note, function, binder)
 
+    def _note(self, function: JITFunction, binder: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        bound, key, rest = binder(*args, **options)
+        name, form = function.__name__, f"{key} {sorted(rest.items())}"
+        if form not in self.forms[name]:
+            self.forms[name].add(form)
+            self._last[name] = partial(self._compile, function, {**options, "debug": False}, bound, key, rest)
 
-def _note(keys: set[str], binder: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-    _, key, rest = binder(*args, **options)
-    keys.add(f"{key} {sorted(rest.items())}")
+    def _compile(self, function: JITFunction, options: Any, bound: Any, key: Any, rest: Any) -> CompiledKernel:
+        options, signature, constants, attributes = function._pack_args(self._backend, options, bound, key, rest)
+        source = ASTSource(function, signature, constants, attributes)
+        return triton.compile(source, target=HOPPER, options=options.__dict__)
+
+    def compile_each(self) -> dict[str, dict[str, int]]:
+        """One form of each kernel, the last one noted, compiled to machine code: bytes of it, and how often the matrix
+        units and the bulk copy engine are used."""
+        result = {}
+        for name, build in self._last.items():
+            code = build().asm
+            ptx = code["ptx"]
+            counts = {"wgmma": ptx.count("wgmma.mma_async"), "tma": ptx.count("cp.async.bulk.tensor")}
+            result[name] = {"bytes": len(code["cubin"]), **counts}
+        return result
 
 
 def pretend_hopper() -> None:
@@ -143,14 +165,17 @@ def slots_of(values: np.ndarray) -> torch.Tensor:
 def main() -> None:
     site = Site()
     pretend_hopper()
-    forms = record()
+    recorder = Recorder()
     if "--cold" not in sys.argv:
         site.runner.expect(TRAFFIC)
         site.tower.warm_up(0.0)
-    ahead = {name: set(keys) for name, keys in forms.items()}
-    site.traffic(40)
-    site.pictures(15)
-    late = {name: sorted(keys - ahead.get(name, set())) for name, keys in forms.items()}
+    ahead = {name: set(keys) for name, keys in recorder.forms.items()}
+    if "--compile" in sys.argv:
+        print(json.dumps(recorder.compile_each()))
+        return
+    site.traffic(20)
+    site.pictures(8)
+    late = {name: sorted(keys - ahead.get(name, set())) for name, keys in recorder.forms.items()}
     print(json.dumps({"ahead": {n: len(k) for n, k in ahead.items()}, "late": {n: k for n, k in late.items() if k}}))
 
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -188,18 +183,3 @@ def test_pictures_are_replayed_from_larger_graphs(emulated: type[Emulated]) -> N
         assert rows is not None and emulated.count == before
         torch.testing.assert_close(rows[layout.inverse], tower.forward(patches, grids), rtol=1e-4, atol=1e-4)
     assert graphed.report().replayed_larger == 5
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are recorded on CPU tensors")
-def test_warm_up_compiles_every_form_that_traffic_needs() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    script = Path(__file__).with_name("kernel_forms.py")
-
-    def forms(*arguments: str) -> dict[str, Any]:
-        command = [sys.executable, "-W", "ignore", str(script), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=True)
-        return json.loads(done.stdout)
-
-    warm = forms()
-    assert warm["late"] == {} and sum(warm["ahead"].values()) < 50, "forms are few, and all are made at start"
-    assert len(forms("--cold")["late"]) >= 8, "without a warm-up, traffic does compile"
