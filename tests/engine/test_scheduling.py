@@ -250,3 +250,23 @@ def test_records_that_others_wait_for_are_completed() -> None:
     assert first.finish is second.finish is FinishReason.LENGTH
     assert [event.span_index for event in (*first.recorded, *second.recorded)] == [0, 0]
     world.assert_idle()
+
+
+def test_idle_work_waits_until_nobody_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose picture is on its way gives the engine nothing to do, but it does wait."""
+    world = pictures(World(1))
+    asked: list[bool] = []
+    monkeypatch.setattr(world.engine.runner, "prepare", lambda: bool(asked.append(True)))
+    waiting = world.generation([3, "b", 2])
+    world.add(waiting)
+    while world.engine.has_work():
+        world.step()
+    assert not world.engine.idle() and not asked
+    world.drive()
+    assert not world.engine.idle() and asked, "asked, and there was nothing to do"
+    parked = world.generation([3, "a", 2], max_tokens=4)
+    world.add(parked, Mode.PREFILL)
+    world.drive()
+    assert not world.engine.idle() and len(asked) == 1, "a decode worker is about to take it over"
+    world.engine.release(parked.request_id)
+    assert not world.engine.idle() and len(asked) == 2

@@ -93,8 +93,8 @@ class Bench:
         return _Image(self.rng.bytes(32), grid, side * side, patches)
 
     def rest(self) -> None:
-        """Between two requests nobody waits: the graphs that were missed are captured now."""
-        while self.tower.prepare() or self.engine.idle():
+        """Capture the graphs that were missed, as a worker does when nobody waits."""
+        while self.tower.prepare() or self.engine.runner.prepare():
             pass
 
     def cold_ms(self, image: _Image) -> float:

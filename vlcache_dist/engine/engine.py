@@ -253,8 +253,9 @@ class Engine:
         return not self._no_blocks and self._scheduler.next_waiting() is not None
 
     def idle(self) -> bool:
-        """Use the time in which nobody waits; False if there is nothing to do with it."""
-        return self._stream is None and (self.runner.prepare() or self._streamer.prepare())
+        """Use the time in which nobody waits; False if there is nothing to do with it, or if some request is here: its
+        source, or who takes it over, may come any moment."""
+        return not self._sequences and (self.runner.prepare() or self._streamer.prepare())
 
     def _admit(self, now: float) -> None:
         while (sequence := self._scheduler.next_waiting()) is not None:
