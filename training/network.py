@@ -3,6 +3,8 @@ transformers' model. What it computes equals transformers' model (a test compare
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -66,39 +68,56 @@ def _windows(rows: int, columns: int, device: torch.device) -> tuple[torch.Tenso
     return tuple(t.to(device) for t in tensors)  # type: ignore[return-value]
 
 
-def see(config: Any, w: Weights, patches: torch.Tensor, rows: int, columns: int, images: int) -> torch.Tensor:
+def see(
+    config: Any, w: Weights, patches: torch.Tensor, rows: int, columns: int, images: int, blocks: Blocks
+) -> torch.Tensor:
     """The vision tower over ``images`` pictures of one size: patches [images * rows * columns * 4, 588] ->
     [images, rows * columns, out_hidden]."""
     heads, width = config.num_heads, config.hidden_size
     order, inside, back = _windows(rows, columns, patches.device)
     weight = w["patch_embed.proj.weight"].float().sum(2).reshape(width, -1)  # both temporal copies are the same
     x = F.linear(patches, weight).to(w["patch_embed.proj.weight"].dtype).view(images, rows * columns, 4, width)
-    x = x[:, order].reshape(images, -1, width)
+    x = x.index_select(1, order).reshape(images, -1, width)  # plain indexing has a slow backward pass
     cos, sin = _vision_angles(rows, columns, width // heads, order)
     whole = bool(inside.all())
     keys = inside.repeat_interleave(4)
     for n in range(config.depth):
-        p = f"blocks.{n}."
         groups = 1 if n in config.fullatt_block_indexes else len(order) // 16
-        h = rms_norm(x, w[p + "norm1.weight"])
-        q, k, v = (
-            F.linear(h, w[p + "attn.qkv.weight"], w[p + "attn.qkv.bias"])
-            .view(images, -1, 3, heads, width // heads)
-            .unbind(2)
-        )
-        q, k = rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype)
-        q, k, v = (t.reshape(images * groups, -1, heads, width // heads).transpose(1, 2) for t in (q, k, v))
         seen = None if whole else keys.view(groups, 1, 1, -1).repeat(images, 1, 1, 1)
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        a = a.transpose(1, 2).reshape(images, -1, width)
-        x = x + F.linear(a, w[p + "attn.proj.weight"], w[p + "attn.proj.bias"])
-        h = rms_norm(x, w[p + "norm2.weight"])
-        gate = F.linear(h, w[p + "mlp.gate_proj.weight"], w[p + "mlp.gate_proj.bias"])
-        up = F.linear(h, w[p + "mlp.up_proj.weight"], w[p + "mlp.up_proj.bias"])
-        x = x + F.linear(F.silu(gate) * up, w[p + "mlp.down_proj.weight"], w[p + "mlp.down_proj.bias"])
-    x = rms_norm(x, w["merger.ln_q.weight"]).reshape(images, -1, 4 * width)[:, back]
+        x = blocks.vision(x, _part(w, f"blocks.{n}."), cos, sin, seen, groups, heads)
+    x = rms_norm(x, w["merger.ln_q.weight"]).reshape(images, -1, 4 * width).index_select(1, back)
     x = F.gelu(F.linear(x, w["merger.mlp.0.weight"], w["merger.mlp.0.bias"]))
     return F.linear(x, w["merger.mlp.2.weight"], w["merger.mlp.2.bias"])
+
+
+def vision_block(
+    x: torch.Tensor,
+    w: Weights,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    seen: torch.Tensor | None,
+    groups: int,
+    heads: int,
+) -> torch.Tensor:
+    """One layer of the tower: x [images, patches, C] in ``groups`` windows that see only themselves; ``seen`` bool
+    [images * groups, 1, 1, patches of a window] where some places are empty."""
+    images, _, width = x.shape
+    h = rms_norm(x, w["norm1.weight"])
+    qkv = F.linear(h, w["attn.qkv.weight"], w["attn.qkv.bias"]).view(images, -1, 3, heads, width // heads)
+    q, k, v = qkv.unbind(2)
+    q, k = rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype)
+    q, k, v = (t.reshape(images * groups, -1, heads, width // heads).transpose(1, 2) for t in (q, k, v))
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    a = a.transpose(1, 2).reshape(images, -1, width)
+    x = x + F.linear(a, w["attn.proj.weight"], w["attn.proj.bias"])
+    h = rms_norm(x, w["norm2.weight"])
+    gate = F.linear(h, w["mlp.gate_proj.weight"], w["mlp.gate_proj.bias"])
+    up = F.linear(h, w["mlp.up_proj.weight"], w["mlp.up_proj.bias"])
+    return x + F.linear(F.silu(gate) * up, w["mlp.down_proj.weight"], w["mlp.down_proj.bias"])
+
+
+def _part(w: Weights, prefix: str) -> Weights:
+    return {name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}
 
 
 def _vision_angles(
@@ -115,29 +134,50 @@ def _vision_angles(
     return angles.cos(), angles.sin()
 
 
-def read(config: Any, w: Weights, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def read(config: Any, w: Weights, x: torch.Tensor, positions: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     """The language model: embeddings [B, L, C], positions int64 [3, B, L] -> normalized hidden states [B, L, C]."""
-    batch, length, _ = x.shape
     heads, kv = config.num_attention_heads, config.num_key_value_heads
-    dim = config.hidden_size // heads
-    cos, sin = _angles(config, dim, positions)
+    cos, sin = _angles(config, config.hidden_size // heads, positions)
     for n in range(config.num_hidden_layers):
-        p = f"layers.{n}."
-        h = rms_norm(x, w[p + "input_layernorm.weight"])
-        q, k, v = (
-            F.linear(h, w[p + f"self_attn.{name}_proj.weight"], w[p + f"self_attn.{name}_proj.bias"])
-            .view(batch, length, -1, dim)
-            .transpose(1, 2)
-            for name in "qkv"
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, -1)
-        x = x + F.linear(a, w[p + "self_attn.o_proj.weight"])
-        h = rms_norm(x, w[p + "post_attention_layernorm.weight"])
-        inner = F.silu(F.linear(h, w[p + "mlp.gate_proj.weight"])) * F.linear(h, w[p + "mlp.up_proj.weight"])
-        x = x + F.linear(inner, w[p + "mlp.down_proj.weight"])
+        x = blocks.text(x, _part(w, f"layers.{n}."), cos, sin, heads // kv)
     return rms_norm(x, w["norm.weight"])
+
+
+def text_block(x: torch.Tensor, w: Weights, cos: torch.Tensor, sin: torch.Tensor, group: int) -> torch.Tensor:
+    """One layer of the language model: x [B, L, C]; ``group``: query heads for each KV head."""
+    batch, length, _ = x.shape
+    h = rms_norm(x, w["input_layernorm.weight"])
+    q, k, v = (
+        F.linear(h, w[f"self_attn.{name}_proj.weight"], w[f"self_attn.{name}_proj.bias"])
+        .view(batch, length, -1, cos.shape[-1])
+        .transpose(1, 2)
+        for name in "qkv"
+    )
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, -1)
+    x = x + F.linear(a, w["self_attn.o_proj.weight"])
+    h = rms_norm(x, w["post_attention_layernorm.weight"])
+    inner = F.silu(F.linear(h, w["mlp.gate_proj.weight"])) * F.linear(h, w["mlp.up_proj.weight"])
+    return x + F.linear(inner, w["mlp.down_proj.weight"])
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What most of the time goes into, as called from ``see``, ``read`` and ``forward``."""
+
+    vision: Callable[..., torch.Tensor] = vision_block
+    text: Callable[..., torch.Tensor] = text_block
+    paint: Callable[..., torch.Tensor] = paint
+
+    @classmethod
+    def compiled(cls) -> Blocks:
+        """The same, fused by torch.compile for any size (a GPU, and half a minute at the first steps)."""
+        torch._dynamo.config.recompile_limit = 64
+        return cls(*(torch.compile(f, dynamic=True) for f in (vision_block, text_block, paint)))
+
+
+EAGER = Blocks()
 
 
 def _angles(config: Any, dim: int, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,16 +191,23 @@ def _angles(config: Any, dim: int, positions: torch.Tensor) -> tuple[torch.Tenso
 
 
 def forward(
-    config: Any, vision: Weights, language: Weights, batch: Batch, sprites: torch.Tensor, *, noise: bool = True
+    config: Any,
+    vision: Weights,
+    language: Weights,
+    batch: Batch,
+    sprites: torch.Tensor,
+    *,
+    noise: bool = True,
+    blocks: Blocks = EAGER,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits fp32 [T, vocab] of the rows to learn, and the pictures' tokens [V, C], slot by slot."""
     seen = []
     for cells, grid in zip(batch.cells, batch.grids, strict=True):
-        patches = paint(cells.flatten(0, 1), sprites, noise)
-        seen.append(see(config.vision_config, vision, patches, *grid, len(cells)).flatten(0, 1))
+        patches = blocks.paint(cells.flatten(0, 1), sprites, noise)
+        seen.append(see(config.vision_config, vision, patches, *grid, len(cells), blocks).flatten(0, 1))
     tokens = torch.cat(seen)
     embedding = language["embed_tokens.weight"]
     x = F.embedding(batch.ids, embedding)
     x = x.flatten(0, 1).index_copy(0, batch.vision, tokens.to(x.dtype)).view(x.shape)
-    hidden = read(config.text_config, language, x, batch.positions).flatten(0, 1)[batch.learn]
+    hidden = read(config.text_config, language, x, batch.positions, blocks).flatten(0, 1).index_select(0, batch.learn)
     return F.linear(hidden, embedding).float(), tokens

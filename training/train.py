@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -25,7 +26,7 @@ from torch import nn
 
 from training.batches import AUX_CLASSES, SIZES, Batch, Encoder, stream, validation
 from training.export import TEMPLATE, export, fresh_model
-from training.network import Weights, atlas, forward
+from training.network import EAGER, Blocks, Weights, atlas, forward
 from training.tasks import Grid
 
 SAVE_S = 120.0
@@ -63,7 +64,18 @@ class _Stream(torch.utils.data.IterableDataset):
 
 
 class Trainer:
-    def __init__(self, out: Path, *, seconds: float, rate: float, tokens: int, workers: int, seed: int, device: str):
+    def __init__(
+        self,
+        out: Path,
+        *,
+        seconds: float,
+        rate: float,
+        tokens: int,
+        workers: int,
+        seed: int,
+        device: str,
+        compiled: bool = False,
+    ) -> None:
         torch.manual_seed(seed)
         torch.backends.cuda.matmul.allow_tf32 = True
         self.out, self.device = out, torch.device(device)
@@ -87,6 +99,7 @@ class Trainer:
         self.step, self.seen_tokens, self.best = 0, 0, -1.0
         self.history: list[dict[str, Any]] = []
         self.sizes: Sequence[Grid] = SIZES
+        self.blocks = Blocks.compiled() if compiled else EAGER
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -131,7 +144,7 @@ class Trainer:
         """Of the answers, with the auxiliary reader's (what is in each cell) while the eyes are young; and the share of
         answer tokens that are right."""
         vision, language = self.weights()
-        logits, tokens = forward(self.model.config, vision, language, batch, self.sprites)
+        logits, tokens = forward(self.model.config, vision, language, batch, self.sprites, blocks=self.blocks)
         loss = F.cross_entropy(logits, batch.target)
         weight = AUX_WEIGHT * max(0.1, 1 - 2 * self.schedule.progress)
         read = self.aux(tokens.float()).split(AUX_CLASSES, -1)
@@ -140,8 +153,9 @@ class Trainer:
             loss = loss + weight * F.cross_entropy(part, column)
         return loss, (logits.argmax(-1) == batch.target).float().mean().detach()
 
-    def run(self, max_steps: int, validate: int, say: Any = print) -> None:
-        """Until the time is over (or after ``max_steps`` more steps). ``validate``: questions per family and size."""
+    def run(self, max_steps: int, validate: int, say: Any = print, seconds: float = math.inf) -> None:
+        """Until the time is over, or after ``max_steps`` more steps or ``seconds``; the next run goes on.
+        ``validate``: questions per family and size."""
         data = _Stream(self.tokenizer, self.tokens, self.hardness, self.seed + self.step)
         more = {"prefetch_factor": 4, "multiprocessing_context": "spawn"} if self.workers else {}
         batches = iter(
@@ -153,7 +167,7 @@ class Trainer:
         self.schedule.started = saved = time.monotonic()
         last = self.step + max_steps
         right: list[torch.Tensor] = []
-        while self.schedule.progress < 1 and self.step < last:
+        while self.schedule.progress < 1 and self.step < last and time.monotonic() - self.schedule.started < seconds:
             self.hardness.value = min(1.0, 2.5 * self.schedule.progress)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule.learning_rate(self.step)
@@ -217,7 +231,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that draw scenes")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10**9, help="stop after so many")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many; the same command goes on")
     parser.add_argument("--validate", type=int, default=24, help="questions per family and size")
+    parser.add_argument("--compile", action="store_true", help="fuse the layers with torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
@@ -229,10 +245,11 @@ def main() -> None:
         workers=a.workers,
         seed=a.seed,
         device=a.device,
+        compiled=a.compile,
     )
     count = sum(p.numel() for p in trainer.named.values())
     print(f"{count / 1e6:.2f} M parameters{', resumed' if trainer.resume() else ''}", flush=True)
-    trainer.run(a.steps, a.validate, say=lambda text: print(text, flush=True))
+    trainer.run(a.steps, a.validate, lambda text: print(text, flush=True), a.seconds)
 
 
 if __name__ == "__main__":
