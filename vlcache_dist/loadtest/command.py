@@ -74,6 +74,12 @@ def loadtest(
 ) -> None:
     """Measure a deployment with and without reuse, at several rates and shares of repeated pictures; write a report."""
     console = Console(stderr=True)
+    measured: list[Run] = []
+
+    def keep(run: Run) -> None:
+        _write(out, run)
+        measured[:] = [run]
+
     try:
         scenarios = tuple(_scenario(name) for name in scenario or ("document-qa",))
         shares = tuple(value / 100 for value in share or SHARES)
@@ -108,12 +114,14 @@ def loadtest(
                 f"about {options.expected_s():.0f} s of load by {options.clients} clients on {base}", style="dim"
             )
             with _progress(console) as tell:
-                run = measure(find(base, keys), options, tell)
-        _write(out, run, console)
+                measure(find(base, keys), options, tell, keep)
+        _show(out, measured[-1], console)
     except KeyboardInterrupt:
+        _show_early(out, measured, console)
         console.print("stopped", style="dim")
         sys.exit(130)
     except (VLCacheError, RuntimeError, OSError, httpx.HTTPError, ValueError) as error:
+        _show_early(out, measured, console)
         console.print(f"{type(error).__name__}: {error}", style="red", soft_wrap=True)
         sys.exit(1)
 
@@ -198,17 +206,26 @@ def _export(
             console.print(f"{where}: {count} requests, {share_of(planned):.0%} of image slots repeated: {names}")
 
 
-def _write(out: Path, run: Run, console: Console) -> None:
+def _write(out: Path, run: Run) -> None:
+    """Replaces what an earlier point has left."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").write_bytes(msgspec.json.encode(run))
     (out / "report.html").write_text(report.html(run))
-    (out / "table.md").write_text(
-        "".join(
-            f"{name}, {rate:g} requests per second\n\n"
-            + report.markdown([point for point in run.points if (point.scenario, point.rate) == (name, rate)])
-            + "\n"
-            for name, rate in dict.fromkeys((point.scenario, point.rate) for point in run.points)
-        )
-    )
+    tables = [
+        f"{name}, {rate:g} requests per second\n\n"
+        + report.markdown([point for point in run.points if (point.scenario, point.rate) == (name, rate)])
+        + "\n"
+        for name, rate in dict.fromkeys((point.scenario, point.rate) for point in run.points)
+    ]
+    (out / "table.md").write_text("".join(tables) + (f"{said}\n" if (said := report.early(run)) else ""))
+
+
+def _show(out: Path, run: Run, console: Console) -> None:
     print((out / "table.md").read_text(), end="")
     console.print(f"{out / 'report.html'}, {out / 'result.json'}, {out / 'table.md'}")
+
+
+def _show_early(out: Path, measured: list[Run], console: Console) -> None:
+    """What there is of a run that does not end as planned."""
+    if measured and measured[-1].missing:
+        _show(out, measured[-1], console)
