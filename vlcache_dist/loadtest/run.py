@@ -79,9 +79,9 @@ def measure(
     tell: Callable[[str, int, int], None],
     keep: Callable[[Run], None] = lambda run: None,
 ) -> Run:
-    """Measure all points. ``tell``: what is under way, requests done, requests of it. ``keep`` is called with all points
-    so far as soon as one is measured: whatever ends the run later does not take them along. Raises EndpointDead,
-    Disagreement, OutOfTime, ConfigError."""
+    """Measure all points. ``tell``: what is under way, requests done, requests of it. ``keep`` is called with all
+    points so far as soon as one is measured: whatever ends the run later does not take them along. Raises
+    EndpointDead, Disagreement, OutOfTime, ConfigError."""
     if options.reuse == "off":
         raise ConfigError("reuse=off is always measured; choose what to compare it with: approx or exact")
     began = time.monotonic()
