@@ -20,6 +20,7 @@ from vlcache_dist.errors import VLCacheError
 from vlcache_dist.loadtest.command import loadtest
 from vlcache_dist.localcluster.command import localcluster
 from vlcache_dist.serve.auth import ApiKeys
+from vlcache_dist.serve.endpoint import check_endpoint
 from vlcache_dist.serve.keys import api_key
 from vlcache_dist.serve.readiness import use_token
 
@@ -61,10 +62,6 @@ def serve(
     config: Annotated[str | None, typer.Option(help="JSON or YAML file with settings; options above win")] = None,
 ) -> None:
     """Start the whole system and serve until Ctrl-C."""
-    if address is not None:
-        use_token()
-    from vlcache_dist.serve.cluster import running
-
     console = Console(stderr=True)
     settings = _settings(
         config,
@@ -81,6 +78,12 @@ def serve(
             **_keys(api_keys),
         },
     )
+    with _told(console):
+        check_endpoint(settings.serve)  # before seconds of imports
+    if address is not None:
+        use_token()
+    from vlcache_dist.serve.cluster import running
+
     with _told(console), running(settings, say=lambda text: console.print(text, style="dim")) as url:
         console.print(f"{settings.model.served_name or model} is served at {url}/v1 (Ctrl-C stops it)")
         signal.pause()

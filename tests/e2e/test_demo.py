@@ -11,6 +11,8 @@ import time
 import leftovers
 import pytest
 
+pytestmark = pytest.mark.cluster
+
 ENVIRONMENT = leftovers.marked()
 
 
@@ -45,7 +47,7 @@ def test_nothing_is_left_when_the_demo_is_interrupted(number: signal.Signals) ->
         for line in process.stderr:
             if "encoder" in line:  # Ray is up, the pools are starting
                 break
-        time.sleep(2.0)
+        time.sleep(1.0)
         process.send_signal(number)
         said = process.stderr.read()
         assert process.wait(timeout=60) == 130, said

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from caching_server import TOKENS, CachingBackend, Served
 from typer.testing import CliRunner
 
 from vlcache_dist.cli import app
+from vlcache_dist.config import Settings
 from vlcache_dist.loadtest import report
 from vlcache_dist.loadtest import run as load
 from vlcache_dist.loadtest.counters import Disagreement, EndpointDead
@@ -174,6 +176,28 @@ def test_the_command_writes_a_page_that_needs_nothing_else(served: Served, tmp_p
     shown = (tmp_path / "table.md").read_text()
     assert "| repeated | reuse |" in shown
     assert run.missing == 0 and not any("ended early" in text for text in (page, shown, output))
+
+
+def test_without_a_url_a_deployment_is_started_and_stopped(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("engine: {store_bytes: 67108864}\n")
+    told: list[Any] = []
+
+    @contextmanager
+    def running(given: Settings, *, say: Any) -> Iterator[str]:
+        told.append(given)
+        yield served.url
+        told.append("stopped")
+
+    monkeypatch.setattr("vlcache_dist.serve.cluster.running", running)
+    options = ["--prefills", "3", "--decodes", "0", "--config", str(settings), "--share", "50", "--duration", "0.2"]
+    code, output = loadtest(*options, "--rate", "20", out=tmp_path / "out")
+    assert code == 0 and (tmp_path / "out" / "report.html").exists(), output
+    given, stopped = told
+    assert (given.serve.prefills, given.serve.decodes, given.serve.port) == (3, 0, 0) and stopped == "stopped"
+    assert given.engine.store_bytes == 67108864 and given.serve.address is None
 
 
 def check_page(page: str, run: Run) -> None:

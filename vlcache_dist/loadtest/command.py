@@ -159,7 +159,6 @@ def _deployment(
 ) -> Iterator[str]:
     """The base URL of what is measured; started here, and stopped again, unless ``url`` names it."""
     from vlcache_dist.loadtest import actor
-    from vlcache_dist.serve.cluster import running
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     warnings.filterwarnings("ignore", module="ray")
@@ -174,6 +173,8 @@ def _deployment(
             if address is not None:
                 actor.leave()
         return
+    from vlcache_dist.serve.cluster import running
+
     serve = {"port": 0, "prefills": prefills, "decodes": decodes, "address": address}
     settings = Settings.read(config, serve=serve)
     with running(settings, say=lambda text: console.print(text, style="dim")) as base:

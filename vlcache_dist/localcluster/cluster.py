@@ -114,6 +114,7 @@ def _started(
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_metrics_report_interval_ms": "2000",
+        "RAY_worker_niceness": "0",
         "UCX_TLS": "tcp,self",
         ENVIRONMENT: entry_of(api_key),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterator
 
 import ray
@@ -18,7 +17,7 @@ from vlcache_dist.config import Settings
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
 from vlcache_dist.serve.app import build
-from vlcache_dist.serve.auth import require_keys
+from vlcache_dist.serve.endpoint import check_endpoint, choose_port, url_of
 from vlcache_dist.serve.readiness import check_reachable, require_room, wait_until_ready
 from vlcache_dist.types import Role
 
@@ -38,7 +37,8 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
     without API keys.
     """
     own = settings.serve
-    require_keys(own)
+    check_endpoint(own)
+    port = choose_port(own)
     if own.address is None:
         say(f"opening {settings.model.model}")  # what every worker would stumble over, a hub that is out of reach say
         model = Model.open(settings)
@@ -49,7 +49,7 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
     with terminate_as_interrupt() as again:
         try:
             say("starting Ray" if own.address is None else f"joining Ray at {own.address}")
-            port = _start_ray(settings)
+            _start_ray(settings)
             again()  # Ray has put a handler of its own in place, which aborts the process after 3 s
             say(f"starting {own.encoders} encoder, {own.prefills} prefill and {own.decodes} decode workers")
             if own.address is None:  # a cluster that was joined may grow
@@ -58,7 +58,7 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
             listening = settings.model_copy(update={"serve": own.model_copy(update={"direct": True, "port": port})})
             target = serve.RunTarget(target=build(listening.model_dump(mode="json")), name=own.app_name)
             serve.run_many([target], wait_for_applications_running=False)
-            url = f"http://{'127.0.0.1' if own.host in ('0.0.0.0', '::') else own.host}:{port}"
+            url = url_of(own.host, port)
             wait_until_ready(
                 url,
                 own,
@@ -74,16 +74,14 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
                 _stop(settings)
 
 
-def _start_ray(settings: Settings) -> int:
+def _start_ray(settings: Settings) -> None:
     own = settings.serve
-    port = own.port or _free_port(own.host)
-    if own.port and own.address is None and not _is_free(own.host, own.port):
-        raise ConfigError(f"port {own.port} of {own.host} is taken: choose another with --port")
     quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     if own.address is None:
         # "local": a cluster that somebody else runs on this machine is not to be joined unasked.
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets everything else on the machine go first
         ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
-        return port
+        return
     check_reachable(own.address)
     try:
         ray.init(address=own.address, **quiet)  # type: ignore[arg-type]
@@ -92,7 +90,6 @@ def _start_ray(settings: Settings) -> int:
             f"the Ray cluster at {own.address} cannot be joined: {str(error).splitlines()[0]} (is it running, and does "
             "this process have its token, by RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH?)"
         ) from error
-    return port
 
 
 def _failures(app_name: str) -> dict[str, str]:
@@ -124,19 +121,3 @@ def _stop(settings: Settings) -> None:
         shutdown_directory(own.app_name, own.directory_shards)
     finally:
         ray.shutdown()
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
