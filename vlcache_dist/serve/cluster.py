@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 import ray
@@ -13,16 +17,20 @@ from ray.serve.exceptions import RayServeException
 
 from vlcache_dist.assembly import Model, require_memory
 from vlcache_dist.cache_directory.actor import shutdown_directory
-from vlcache_dist.config import Settings
+from vlcache_dist.config import ServeSettings, Settings
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
+from vlcache_dist.leftovers import end, marked
 from vlcache_dist.serve.app import build
 from vlcache_dist.serve.endpoint import check_endpoint, choose_port, url_of
-from vlcache_dist.serve.readiness import check_reachable, require_room, wait_until_ready
+from vlcache_dist.serve.readiness import check_reachable, failing, require_room, wait_until_ready
 from vlcache_dist.types import Role
 
 log = logging.getLogger(__name__)
 
+MARK = "VLCACHE_CLUSTER"  #: in the environment of all processes of a cluster started here
+STOP_S = 60.0
+DEATH_S = 0.5  #: within it the control store of a cluster started here has followed a signal to the whole process group
 LOGICAL_CPUS = 16  #: of a cluster started here: actors ask for none, Serve's own do
 
 
@@ -46,10 +54,11 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
             for role in (Role.ENCODER, Role.PREFILL):
                 require_memory(settings, role, model)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    mark = secrets.token_hex(8)
     with terminate_as_interrupt() as again:
         try:
             say("starting Ray" if own.address is None else f"joining Ray at {own.address}")
-            _start_ray(settings)
+            _start_ray(own, mark)
             again()  # Ray has put a handler of its own in place, which aborts the process after 3 s
             say(f"starting {own.encoders} encoder, {own.prefills} prefill and {own.decodes} decode workers")
             if own.address is None:  # a cluster that was joined may grow
@@ -71,16 +80,19 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
         finally:
             with uninterrupted():
                 say("stopping")
-                _stop(settings)
+                _stop(own, mark)
 
 
-def _start_ray(settings: Settings) -> None:
-    own = settings.serve
+def _start_ray(own: ServeSettings, mark: str) -> None:
     quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     if own.address is None:
-        # "local": a cluster that somebody else runs on this machine is not to be joined unasked.
+        os.environ[MARK] = mark
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets everything else on the machine go first
-        ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
+        try:
+            # "local": a cluster that somebody else runs on this machine is not to be joined unasked.
+            ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
+        finally:
+            del os.environ[MARK]
         return
     check_reachable(own.address)
     try:
@@ -97,27 +109,49 @@ def _failures(app_name: str) -> dict[str, str]:
     application = serve.status().applications.get(app_name)
     if application is None:
         return {}
-    found = {
-        name: deployment.message
-        for name, deployment in application.deployments.items()
-        if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY") or "Traceback" in deployment.message
-    }
-    if not found and application.status == "DEPLOY_FAILED":
-        return {app_name: application.message}
-    return found
+    deployments = {name: (about.status, about.message) for name, about in application.deployments.items()}
+    return failing(app_name, application.status, application.message, deployments)
 
 
 def _node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _stop(settings: Settings) -> None:
-    own = settings.serve
-    if not ray.is_initialized():
-        return
+def _stop(settings: ServeSettings, mark: str) -> None:
+    """Take down the application, and the cluster with ``mark`` if it was started here."""
+    if ray.is_initialized():
+        control_store = ray.get_runtime_context().gcs_address
+        if settings.address is None:
+            time.sleep(DEATH_S)
+        thread = threading.Thread(target=_take_down, args=(settings,), daemon=True)
+        deadline = time.monotonic() + STOP_S
+        if _answers(control_store):
+            thread.start()
+        while thread.is_alive() and time.monotonic() < deadline and _answers(control_store):
+            thread.join(0.5)
+        if not _answers(control_store):
+            log.warning("Ray's control store is gone; its processes are ended without it")
+            end(lambda: marked(MARK, mark), patience_s=2.0)
+        ray.shutdown()
+    if settings.address is None:
+        end(lambda: marked(MARK, mark))
+
+
+def _take_down(settings: ServeSettings) -> None:
     try:
         with contextlib.suppress(RayServeException):  # Serve was not started yet
-            serve.delete(own.app_name)
-        shutdown_directory(own.app_name, own.directory_shards)
-    finally:
-        ray.shutdown()
+            serve.delete(settings.app_name)
+        shutdown_directory(settings.app_name, settings.directory_shards)
+    except ray.exceptions.RayError as error:
+        log.warning("the application did not end as it should: %s", str(error).splitlines()[0])
+
+
+def _answers(address: str) -> bool:
+    """Whether Ray's control store is there. A signal to the whole process group ends it as well, and Ray would wait for
+    it for a minute and then abort."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2.0).close()
+    except OSError:
+        return False
+    return True

@@ -149,6 +149,17 @@ def wait_until_ready(
     raise WorkerLost(f"after {patience_s:.0f} s the pools have {seen}, not {wanted}")
 
 
+def failing(name: str, status: str, message: str, deployments: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """Messages of what Serve has tried to start in vain: of deployments, given as (status, message) by name, or else of
+    the application ``name`` itself."""
+    found = {
+        deployed: why
+        for deployed, (how, why) in deployments.items()
+        if how in ("DEPLOY_FAILED", "UNHEALTHY") or "Traceback" in why
+    }
+    return found or ({name: message} if status == "DEPLOY_FAILED" else {})
+
+
 def last_error(message: str) -> str:
     """The error that a deployment's message, with a traceback in it, is about, in one line."""
     found = ERROR_LINE.findall(message)
