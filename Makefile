@@ -9,7 +9,7 @@ demo:  ## start a cluster on this machine, ask it about pictures, show what was 
 
 test:  ## all tests, two to four at a time; those that need a GPU are skipped without one
 	@scripts/setup_env.sh test docs
-	@$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint:  ## style, types, import rules
 	@scripts/setup_env.sh test docs

@@ -23,7 +23,7 @@ from vlcache_dist.errors import ConfigError, VLCacheError
 from vlcache_dist.loadtest import dataset, report
 from vlcache_dist.loadtest.records import Objective, Run
 from vlcache_dist.loadtest.scenario import SCENARIOS, Scenario, plan, share_of
-from vlcache_dist.serve.readiness import check_reachable, use_token
+from vlcache_dist.serve.readiness import check_reachable, start_with_token, use_token
 
 SHARES = (0.0, 25.0, 50.0, 75.0, 95.0)  #: percent
 
@@ -92,6 +92,8 @@ def loadtest(
         if address is not None:
             check_reachable(address)
             use_token()
+        elif url is None:
+            start_with_token()
         from vlcache_dist.loadtest import actor
         from vlcache_dist.loadtest.run import Options, find, measure
 

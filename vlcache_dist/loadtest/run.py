@@ -21,6 +21,7 @@ from vlcache_dist.loadtest.client import Job, Target, drive
 from vlcache_dist.loadtest.dataset import Request, render
 from vlcache_dist.loadtest.records import Measurement, Objective, Point, Record, Run
 from vlcache_dist.loadtest.scenario import Scenario
+from vlcache_dist.serve.endpoint import base_of
 
 LEAD_S = 1.5  #: from the decision to start until the first request: clients build their bodies in it
 SAMPLE_S = 0.5
@@ -64,7 +65,7 @@ class Options(msgspec.Struct, frozen=True):
 
 def find(url: str, keys: Sequence[str] = ()) -> Target:
     """The deployment at a URL. Raises EndpointDead."""
-    target = Target(url.rstrip("/").removesuffix("/v1"), "", tuple(keys))
+    target = Target(base_of(url), "", tuple(keys))
     listed = counters.get(target, "/v1/models").json()
     try:
         model = listed["data"][0]["id"]

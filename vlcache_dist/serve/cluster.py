@@ -15,12 +15,14 @@ import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from vlcache_dist.assembly import Model, require_memory
+from vlcache_dist.assembly import Model, require_device, require_memory
 from vlcache_dist.cache_directory.actor import shutdown_directory
 from vlcache_dist.config import ServeSettings, Settings
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
 from vlcache_dist.leftovers import end, marked
+from vlcache_dist.pixels import PixelConfig
+from vlcache_dist.reuse.plan_file import resolve_plan
 from vlcache_dist.serve.app import build
 from vlcache_dist.serve.endpoint import check_endpoint, choose_port, url_of
 from vlcache_dist.serve.readiness import check_reachable, failing, require_room, wait_until_ready
@@ -40,19 +42,16 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
 
     Starts a Ray cluster on this machine unless ``settings.serve.address`` names one. Whatever happens inside, SIGINT
     and SIGTERM included, everything that was started here is stopped; a cluster that was joined keeps running without
-    the application. Raises CheckpointError for a model that is not there, WorkerLost if a worker cannot start or the
-    pools are not ready in time, ConfigError if the port is taken, the cluster too small, or the endpoint open to others
-    without API keys.
+    the application. Raises CheckpointError for a model that is not there, InvalidPlan, WorkerLost if a worker cannot
+    start or the pools are not ready in time, ConfigError if the port is taken, the device not there, the cluster too
+    small, or the endpoint open to others without API keys.
     """
     own = settings.serve
     check_endpoint(own)
     port = choose_port(own)
     if own.address is None:
-        say(f"opening {settings.model.model}")  # what every worker would stumble over, a hub that is out of reach say
-        model = Model.open(settings)
-        if model.placement.device.type == "cpu":  # asking a GPU would take a part of its memory
-            for role in (Role.ENCODER, Role.PREFILL):
-                require_memory(settings, role, model)
+        say(f"opening {settings.model.model}")
+        _check_model(settings)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     mark = secrets.token_hex(8)
     with terminate_as_interrupt() as again:
@@ -81,6 +80,18 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
             with uninterrupted():
                 say("stopping")
                 _stop(own, mark)
+
+
+def _check_model(settings: Settings) -> None:
+    """What every worker would stumble over later, and a hub that is out of reach. Raises CheckpointError,
+    UnsupportedModel, ConfigError, InvalidPlan."""
+    model = Model.open(settings)
+    require_device(model)
+    PixelConfig.read(model.checkpoint.folder)
+    resolve_plan(settings.engine.plan, model=model.layout.model, num_layers=model.layout.num_layers)
+    if model.placement.device.type == "cpu":  # asking a GPU would take a part of its memory
+        for role in (Role.ENCODER, Role.PREFILL):
+            require_memory(settings, role, model)
 
 
 def _start_ray(own: ServeSettings, mark: str) -> None:

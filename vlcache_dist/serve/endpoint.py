@@ -33,6 +33,11 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def base_of(url: str) -> str:
+    """A server's base URL as people give it: ``localhost:8000``, ``http://localhost:8000/``, ``.../v1``."""
+    return (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
+
+
 def _bound(host: str, port: int) -> socket.socket:
     """A socket that has had the address. Raises ConfigError."""
     probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -100,6 +100,12 @@ def use_token() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
+def start_with_token() -> None:
+    """To be called before Ray is imported: a cluster that is started here asks for a token, which is Ray's default;
+    named, it is not talked about."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def check_reachable(address: str) -> None:
     """Raises ConfigError at once if nothing listens at a Ray address, where Ray would try for more than a minute."""
     host, colon, port = address.rpartition(":")
