@@ -7,9 +7,9 @@ demo:  ## start a cluster on this machine, ask it about pictures, show what was 
 	@scripts/setup_env.sh
 	@$(BIN)/vlcache-dist demo
 
-test:  ## all tests; those that need a GPU are skipped without one
+test:  ## all tests, two to four at a time; those that need a GPU are skipped without one
 	@scripts/setup_env.sh test docs
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint:  ## style, types, import rules
 	@scripts/setup_env.sh test docs

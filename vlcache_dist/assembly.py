@@ -77,6 +77,7 @@ def nixl_transport(worker_id: WorkerId, arena: torch.Tensor, layout: KVLayout) -
 def make_node(settings: Settings, site: Site, role: Role, model: Model, transport: TransportFactory) -> Node:
     """A worker's node: arena, store, transport, RPC, directory client. Raises ConfigError if the role's part of the
     model and the store do not fit the device."""
+    require_device(model)
     require_memory(settings, role, model)
     arena, store = build_store(model.layout, settings.engine, model.placement.device)
     shown = model.layout.without_kv() if role is Role.ENCODER else model.layout
@@ -90,6 +91,16 @@ def make_node(settings: Settings, site: Site, role: Role, model: Model, transpor
         make_transport=lambda worker_id: transport(worker_id, arena.tensor, shown),
         limits=FetchLimits(lease_s=settings.serve.lease_s, transfer_s=settings.serve.transfer_timeout_s),
     )
+
+
+def require_device(model: Model) -> None:
+    """Raises ConfigError if this machine does not have the device that the settings name."""
+    device = model.placement.device
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"model.device = '{device}', but torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices "
+            "here: take another device, or a torch that is built for this machine's GPUs"
+        )
 
 
 def require_memory(settings: Settings, role: Role, model: Model) -> None:

@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vlcache_dist.config import Settings
-from vlcache_dist.errors import VLCacheError
+from vlcache_dist.errors import Unauthorized, VLCacheError
 from vlcache_dist.loadtest.command import loadtest
 from vlcache_dist.localcluster.command import localcluster
 from vlcache_dist.serve.auth import ApiKeys
+from vlcache_dist.serve.endpoint import base_of, check_endpoint
 from vlcache_dist.serve.keys import api_key
-from vlcache_dist.serve.readiness import use_token
+from vlcache_dist.serve.readiness import start_with_token, use_token
 
 app = typer.Typer(
     help="Qwen2.5-VL serving in which an image is paid for once.", no_args_is_help=True, add_completion=False
@@ -61,10 +62,6 @@ def serve(
     config: Annotated[str | None, typer.Option(help="JSON or YAML file with settings; options above win")] = None,
 ) -> None:
     """Start the whole system and serve until Ctrl-C."""
-    if address is not None:
-        use_token()
-    from vlcache_dist.serve.cluster import running
-
     console = Console(stderr=True)
     settings = _settings(
         config,
@@ -81,6 +78,14 @@ def serve(
             **_keys(api_keys),
         },
     )
+    with _told(console):
+        check_endpoint(settings.serve)  # before seconds of imports
+    if address is None:
+        start_with_token()
+    else:
+        use_token()
+    from vlcache_dist.serve.cluster import running
+
     with _told(console), running(settings, say=lambda text: console.print(text, style="dim")) as url:
         console.print(f"{settings.model.served_name or model} is served at {url}/v1 (Ctrl-C stops it)")
         signal.pause()
@@ -91,6 +96,7 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line of the output")] = False,
 ) -> None:
     """Start a cluster on this machine, ask it about pictures, show what was reused; exit 1 if an answer is wrong."""
+    start_with_token()
     from vlcache_dist.demo.run import run, show
     from vlcache_dist.serve.cluster import running
 
@@ -321,11 +327,14 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="everything the workers say")] = False,
 ) -> None:
     """What a running server's workers are doing."""
+    url = base_of(url)
     try:
         reply = httpx.get(f"{url}/status", headers={"authorization": f"Bearer {api_key}"}, timeout=10.0)
+        if reply.status_code == 401:
+            raise Unauthorized(f"{reply.json()['error']['message']} (--api-key, or VLCACHE_API_KEY)")
         reply.raise_for_status()
         report = reply.json()
-    except (httpx.HTTPError, ValueError) as error:
+    except (httpx.HTTPError, ValueError, VLCacheError) as error:
         Console(stderr=True).print(f"no answer from {url}: {error}", style="red")
         raise typer.Exit(1) from None
     if as_json:

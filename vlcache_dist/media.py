@@ -11,7 +11,6 @@ photograph that is stored rotated is seen rotated.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from typing import Literal
 import msgspec
 import numpy as np
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from vlcache_dist.config import MediaSettings
 from vlcache_dist.errors import InvalidMedia, PayloadTooLarge, VLCacheError
 from vlcache_dist.hashing import Json, ModelIdentity, VideoSampling, content_key, frames_digest, media_digest
+from vlcache_dist.pixels import Cutter, PixelConfig
 from vlcache_dist.types import ContentKey
 from vlcache_dist.wire import MediaMeta
 
@@ -84,31 +83,19 @@ class MediaProcessor:
     (torchvision's differs from it by rounding); an odd number of frames repeats the last.
     """
 
-    def __init__(self, processor: Qwen2VLImageProcessorPil, video_size: tuple[int, int], limits: MediaSettings) -> None:
-        self._processor = processor
+    def __init__(self, config: PixelConfig, limits: MediaSettings) -> None:
+        self._config = config
+        self._cutter = Cutter(config)
         self._limits = limits
-        self._image_size = (processor.size["shortest_edge"], processor.size["longest_edge"])
-        self._video_size = video_size
-        self.patch_size: int = processor.patch_size
-        self.merge_size: int = processor.merge_size
-        self.temporal_patch_size: int = processor.temporal_patch_size
-        self.settings: dict[str, Json] = _settings(processor, video_size)  #: what a content key says of the processor
+        self.patch_size = config.patch_size
+        self.merge_size = config.merge_size
+        self.temporal_patch_size = config.temporal_patch_size
+        self.settings: dict[str, Json] = _settings(config)  #: what a content key says of the processor
 
     @classmethod
     def from_folder(cls, folder: str | Path, limits: MediaSettings | None = None) -> MediaProcessor:
-        """From a checkpoint folder with ``preprocessor_config.json``."""
-        folder = Path(folder)
-        processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        size = (processor.size["shortest_edge"], processor.size["longest_edge"])
-        video_file = folder / "video_preprocessor_config.json"
-        if video_file.exists():
-            values = json.loads(video_file.read_text())
-            given = values.get("size") or {}
-            size = (
-                values.get("min_pixels") or given.get("shortest_edge") or size[0],
-                values.get("max_pixels") or given.get("longest_edge") or size[1],
-            )
-        return cls(processor, size, limits or MediaSettings())
+        """From a checkpoint folder. Raises CheckpointError, UnsupportedModel."""
+        return cls(PixelConfig.read(Path(folder)), limits or MediaSettings())
 
     def num_tokens(self, grid: tuple[int, int, int]) -> int:
         """Vision tokens of a grid: patches after the merger."""
@@ -141,53 +128,43 @@ class MediaProcessor:
         """Grid and timing from the files' headers; no pixel is decoded. Raises InvalidMedia or PayloadTooLarge."""
         header = self._header(item)
         if item.modality == "image":
-            return MediaMeta("image", self._grid(1, header.width, header.height, self._image_size, item))
+            return MediaMeta("image", self._grid(1, header.width, header.height, self._config.image_size, item))
         steps = -(-header.frames // self.temporal_patch_size)
         fps = item.fps or header.fps or DEFAULT_FPS
-        grid = self._grid(steps, header.width, header.height, self._video_size, item)
+        grid = self._grid(steps, header.width, header.height, self._config.video_size, item)
         return MediaMeta("video", grid, self.temporal_patch_size / fps)
 
     def patches(self, item: MediaItem) -> Patches:
         """Decode, resize, normalize and cut. Raises InvalidMedia or PayloadTooLarge."""
         self._header(item)
+        each = self.temporal_patch_size
         if item.modality == "image":
             with _decoding(item, 0), _open(item.frames[0]) as image:
                 pixels = _rgb(image)
-            values, (_, h, w) = self._cut(pixels, self._image_size, item)
-            return Patches(values, (1, h, w))
+            cut, (h, w) = self._cut(pixels, self._config.image_size, item)
+            return Patches(self._cutter.values([cut] * each), (1, h, w))
         frames, h, w = [], 0, 0
         for pixels in _frames(item):
-            values, (_, h, w) = self._cut(pixels, self._video_size, item)
-            # The image processor repeats a picture along the temporal axis; a frame is one of the copies.
-            frames.append(values.reshape(h * w, -1, self.temporal_patch_size, self.patch_size**2)[:, :, 0])
-        frames += [frames[-1]] * (-len(frames) % self.temporal_patch_size)
-        steps = len(frames) // self.temporal_patch_size
-        video = np.stack(frames).reshape(steps, self.temporal_patch_size, h * w, -1, self.patch_size**2)
-        return Patches(np.ascontiguousarray(video.transpose(0, 2, 3, 1, 4)).reshape(steps * h * w, -1), (steps, h, w))
+            cut, (h, w) = self._cut(pixels, self._config.video_size, item)
+            frames.append(cut)
+        frames += [frames[-1]] * (-len(frames) % each)
+        steps = [self._cutter.values(frames[i : i + each]) for i in range(0, len(frames), each)]
+        return Patches(np.concatenate(steps), (len(steps), h, w))
 
     def _grid(
         self, steps: int, width: int, height: int, size: tuple[int, int], item: MediaItem
     ) -> tuple[int, int, int]:
         try:
-            h, w = smart_resize(height, width, self.patch_size * self.merge_size, size[0], size[1])
+            h, w = self._config.resized(height, width, size)
         except ValueError as error:
             raise InvalidMedia(f"{item.where}: {error}") from error
         return steps, h // self.patch_size, w // self.patch_size
 
-    def _cut(
-        self, pixels: np.ndarray, size: tuple[int, int], item: MediaItem
-    ) -> tuple[np.ndarray, tuple[int, int, int]]:
+    def _cut(self, pixels: np.ndarray, size: tuple[int, int], item: MediaItem) -> tuple[np.ndarray, tuple[int, int]]:
         try:
-            out = self._processor(
-                images=[pixels],
-                size={"shortest_edge": size[0], "longest_edge": size[1]},
-                input_data_format="channels_last",
-                return_tensors="np",
-            )
+            return self._cutter.cut(pixels, size)
         except ValueError as error:
             raise InvalidMedia(f"{item.where}: {error}") from error
-        t, h, w = (int(n) for n in out["image_grid_thw"][0])
-        return np.asarray(out["pixel_values"], np.float32), (t, h, w)
 
     def _header(self, item: MediaItem) -> _Header:
         limits = self._limits
@@ -283,14 +260,18 @@ def _animation_fps(image: Image.Image, frames: int) -> float | None:
     return 1000.0 * frames / total_ms if total_ms > 0 else None
 
 
-def _settings(processor: Qwen2VLImageProcessorPil, video_size: tuple[int, int]) -> dict[str, Json]:
-    numbers = ("rescale_factor", "patch_size", "temporal_patch_size", "merge_size")
-    flags = ("do_resize", "do_rescale", "do_normalize")
+def _settings(config: PixelConfig) -> dict[str, Json]:
     return {
-        **{name: getattr(processor, name) for name in (*numbers, *flags)},
-        "resample": int(processor.resample),
-        "image_mean": [float(x) for x in processor.image_mean],
-        "image_std": [float(x) for x in processor.image_std],
-        "image_size": [processor.size["shortest_edge"], processor.size["longest_edge"]],
-        "video_size": list(video_size),
+        "rescale_factor": config.rescale_factor,
+        "patch_size": config.patch_size,
+        "temporal_patch_size": config.temporal_patch_size,
+        "merge_size": config.merge_size,
+        "do_resize": True,
+        "do_rescale": config.do_rescale,
+        "do_normalize": config.do_normalize,
+        "resample": config.resample,
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+        "image_size": list(config.image_size),
+        "video_size": list(config.video_size),
     }

@@ -18,7 +18,6 @@ from typing import Any
 import jinja2
 import msgspec
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from vlcache_dist.errors import BadRequest, PromptTooLong, UnsupportedModel
 from vlcache_dist.media import MediaRef
@@ -165,6 +164,8 @@ class PromptBuilder:
     @classmethod
     def from_folder(cls, folder: str | Path, *, merge_size: int, max_model_len: int) -> PromptBuilder:
         """From a checkpoint folder. A ``chat_template.json`` beside the tokenizer wins, as in transformers."""
+        from transformers import AutoTokenizer  # most processes import this module and never need a tokenizer
+
         folder = Path(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         template = None

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from vlcache_dist.bench.remote import hidden_share, write_picture
 from vlcache_dist.cli import app
 
+pytestmark = pytest.mark.cluster
+
 
 def test_transfer_between_actors(tmp_path: Path) -> None:
     file = tmp_path / "transfer.json"

@@ -15,6 +15,8 @@ from vlcache_dist.cache_directory.actor import NAMESPACE, ensure_directory, reso
 from vlcache_dist.cache_directory.client import DirectoryClient
 from vlcache_dist.rpc import RpcClient
 
+pytestmark = pytest.mark.cluster
+
 TIMES = {"heartbeat_s": 0.2, "expiry_s": 2.0}
 
 

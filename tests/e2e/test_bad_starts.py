@@ -13,6 +13,8 @@ from pathlib import Path
 import leftovers
 import pytest
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(autouse=True)
 def _no_survivors() -> Iterator[None]:

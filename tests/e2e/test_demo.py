@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 
 import leftovers
 import pytest
+
+pytestmark = pytest.mark.cluster
 
 ENVIRONMENT = leftovers.marked()
 
@@ -37,16 +40,21 @@ def test_the_demo_reuses_an_image_across_workers_and_answers_right() -> None:
     assert leftovers.gone(), "the demo left processes behind"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_nothing_is_left_when_the_demo_is_interrupted(number: signal.Signals) -> None:
+@pytest.mark.parametrize("whole_group", [False, True], ids=["Ctrl-C", "SIGTERM to all processes"])
+def test_nothing_is_left_when_the_demo_is_interrupted(whole_group: bool) -> None:
+    """A service manager signals all processes at once, so that Ray's die before they can be asked to end."""
     command = [sys.executable, "-m", "vlcache_dist.cli", "demo"]
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+    options = {"env": ENVIRONMENT, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **options) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "encoder" in line:  # Ray is up, the pools are starting
                 break
-        time.sleep(2.0)
-        process.send_signal(number)
+        time.sleep(1.0)
+        if whole_group:
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.send_signal(signal.SIGINT)
         said = process.stderr.read()
         assert process.wait(timeout=60) == 130, said
     assert leftovers.gone(), "an interrupted demo left processes behind"

@@ -9,13 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
+from vlcache_dist.cli import app
 from vlcache_dist.demo.run import run
+from vlcache_dist.loadtest.records import Run
+from vlcache_dist.localcluster import command as localcluster_command
 from vlcache_dist.localcluster.cluster import MARK, METRICS_PORT, LocalCluster, running
 from vlcache_dist.localcluster.hosts import NETNS, NoNamespaces, namespaces
 from vlcache_dist.metrics import (
@@ -38,6 +47,8 @@ from vlcache_dist.metrics import (
     SPANS_WATCHED,
     TTFT,
 )
+
+pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
 SELDOM = (  # a counter of nothing is absent, and so is what the guard says of formats that it has not compared yet
@@ -92,30 +103,18 @@ def exported_metrics(cluster: LocalCluster, expected: dict[str, float], patience
         time.sleep(1.0)
 
 
-@needs_namespaces
-def test_the_demo_across_four_hosts() -> None:
-    said: list[str] = []
-    with running(CONFIG, 4, say=said.append) as cluster:
-        with cluster.head.inside():
-            report = run(cluster.url, lambda text: None, api_key=cluster.api_key)
-            status = cluster.status()
-            asked = 2 * len(report.requests) + 2  # with reuse, without, and two warm-ups
-            reused = sum(row.kv_source in ("local", "remote") for row in report.requests)
-            expected = {REQUESTS.ray_name: asked, SPANS_REUSED.ray_name: reused, HEALTHY.ray_name: 4}
-            exported = exported_metrics(cluster, expected)
-        by_address = {host.address: host for host in cluster.hosts}
-        at = {worker["name"]: by_address[worker["address"].split("/")[-1].split(":")[0]] for worker in status}
-        assert len({host.name for host in at.values()}) == len(at) == 4, "every worker has a host of its own"
-        assert report.ok, report
-        rows = {row.name: row for row in report.requests}
-        cold, warm = rows["cold"], rows["behind a long text"]
-        assert warm.kv_source == "remote" and warm.bytes_moved > 1 << 20
-        # The holder's host has sent at least the image's KV through its own network card.
-        assert at[cold.prefill_worker].sent_bytes() > warm.bytes_moved
-        assert {name: exported[name] for name in expected} == expected
-        assert exported[READ_BYTES.ray_name] > warm.bytes_moved
-        assert exported[f"{TTFT.ray_name}_count"] == asked
-    assert left_over() == [] and "stopping" in said
+def test_a_commands_exit_status_is_the_local_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    @contextmanager
+    def cluster_of(config: Path, hosts: int, **options: Any) -> Iterator[Any]:
+        assert config == CONFIG and hosts == 2 and options["isolate"]
+        yield SimpleNamespace(run=lambda command: ran.append(command) or SimpleNamespace(returncode=7))
+
+    monkeypatch.setattr(localcluster_command, "running", cluster_of)
+    options = ["--config", str(CONFIG), "--hosts", "2"]
+    done = CliRunner().invoke(app, ["localcluster", *options, "vlcache-dist", "loadtest", "--rate", "2"])
+    assert done.exit_code == 7 and ran == [["vlcache-dist", "loadtest", "--rate", "2"]]
 
 
 @needs_namespaces
@@ -162,3 +161,48 @@ def test_where_namespaces_are_not_permitted_it_says_so(monkeypatch: pytest.Monke
         hosts = cluster._hosts(stack, 3, "none", True, said.append)
     assert [host.address for host in hosts] == ["127.0.0.1"] * 3 and all(host.namespace is None for host in hosts)
     assert "not permitted" in said[0] and "iproute2" in said[0] and "several raylets" in said[0]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    """Four hosts; nothing of them is left afterwards. Tests that look for leftovers of others come before."""
+    said: list[str] = []
+    with running(CONFIG, 4, say=said.append) as cluster:
+        yield cluster
+    assert left_over() == [] and "stopping" in said
+
+
+@needs_namespaces
+def test_the_demo_across_four_hosts(cluster: LocalCluster) -> None:
+    with cluster.head.inside():
+        report = run(cluster.url, lambda text: None, api_key=cluster.api_key)
+        status = cluster.status()
+        asked = 2 * len(report.requests) + 2  # with reuse, without, and two warm-ups
+        reused = sum(row.kv_source in ("local", "remote") for row in report.requests)
+        expected = {REQUESTS.ray_name: asked, SPANS_REUSED.ray_name: reused, HEALTHY.ray_name: 4}
+        exported = exported_metrics(cluster, expected)
+    by_address = {host.address: host for host in cluster.hosts}
+    at = {worker["name"]: by_address[worker["address"].split("/")[-1].split(":")[0]] for worker in status}
+    assert len({host.name for host in at.values()}) == len(at) == 4, "every worker has a host of its own"
+    assert report.ok, report
+    rows = {row.name: row for row in report.requests}
+    cold, warm = rows["cold"], rows["behind a long text"]
+    assert warm.kv_source == "remote" and warm.bytes_moved > 1 << 20
+    # The holder's host has sent at least the image's KV through its own network card.
+    assert at[cold.prefill_worker].sent_bytes() > warm.bytes_moved
+    assert {name: exported[name] for name in expected} == expected
+    assert exported[READ_BYTES.ray_name] > warm.bytes_moved
+    assert exported[f"{TTFT.ray_name}_count"] == asked
+
+
+@needs_namespaces
+def test_load_by_clients_on_every_host(cluster: LocalCluster, tmp_path: Path) -> None:
+    load = ["--rate", "2", "--duration", "4", "--share", "50", "--seed", "22", "--out", str(tmp_path)]
+    done = cluster.run([sys.executable, "-m", "vlcache_dist.cli", "loadtest", *load], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = msgspec.json.decode((tmp_path / "result.json").read_bytes(), type=Run)
+    assert found.clients == 4 and found.workers == {"encoder": 1, "prefill": 2, "decode": 1}
+    (point,) = found.points
+    assert {record.client for record in point.arms[1].records} == {f"client-{i}" for i in range(4)}
+    assert point.arms[1].summary.hit_share > 0 and point.arms[0].summary.hit_share == 0
+    assert all(arm.summary.answered == 8 and arm.summary.right >= 0.5 for arm in point.arms)

@@ -14,8 +14,11 @@ import time
 from pathlib import Path
 
 import openai
+import pytest
 
 from vlcache_dist.demo.pictures import draw
+
+pytestmark = pytest.mark.cluster
 
 PICTURE = draw("form", seed=7)
 

@@ -83,6 +83,16 @@ class Traffic:
         self.world.resolve()
         self.world.step()
 
+    def run(self, operations: int) -> None:
+        """So many at random, the books checked after each; then what is under way ends."""
+        kinds = [self.add] * 4 + [self.step] * 10 + [self.abort, self.hand_over]
+        for _ in range(operations):
+            self.random.choice(kinds)()
+            self.world.engine.validate()
+        while self.world.engine._sequences:
+            self.world.drive()
+            self.hand_over()
+
     def check_exact(self) -> None:
         for request_id, generation in self.world.generations.items():
             result = self.world.results[request_id]
@@ -107,13 +117,7 @@ class Traffic:
 @pytest.mark.parametrize("seed", range(3))
 def test_random_traffic(seed: int, arena_tokens: int) -> None:
     traffic = Traffic(seed, arena_tokens)
-    operations = [traffic.add] * 4 + [traffic.step] * 10 + [traffic.abort, traffic.hand_over]
-    for _ in range(250):
-        traffic.random.choice(operations)()
-        traffic.world.engine.validate()
-    while traffic.world.engine._sequences:
-        traffic.world.drive()
-        traffic.hand_over()
+    traffic.run(250)
     traffic.check_exact()
     assert traffic.checked > 10
     assert all(result.finish or result.tokens for result in traffic.world.results.values())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from caching_server import TOKENS, CachingBackend, Served
 from typer.testing import CliRunner
 
 from vlcache_dist.cli import app
+from vlcache_dist.config import Settings
 from vlcache_dist.loadtest import report
 from vlcache_dist.loadtest import run as load
 from vlcache_dist.loadtest.counters import Disagreement, EndpointDead
@@ -110,7 +112,9 @@ def test_bad_input_ends_in_one_sentence(arguments: Sequence[str], word: str, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_time_is_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def slow_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every point takes a minute, by the clock that the run looks at."""
     now = [0.0]
     monkeypatch.setattr(load, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     point = load._point
@@ -120,9 +124,45 @@ def test_time_is_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> Non
         return point(*arguments)
 
     monkeypatch.setattr(load, "_point", slow_point)
-    with pytest.raises(OutOfTime, match="before point 2"):
-        measure(find(served.url), msgspec.structs.replace(OPTIONS, limit_s=30.0), silent)
+
+
+@pytest.mark.usefixtures("slow_points")
+def test_time_is_bounded(served: Served) -> None:
+    kept: list[Run] = []
+    with pytest.raises(OutOfTime, match="before point 2 of 2"):
+        measure(find(served.url), msgspec.structs.replace(OPTIONS, limit_s=30.0), silent, kept.append)
+    (run,) = kept
+    assert [point.share for point in run.points] == [0.0] and run.missing == 1
     assert msgspec.structs.replace(OPTIONS, max_requests=7).count(40.0) == 7
+
+
+@pytest.mark.usefixtures("slow_points")
+def test_points_measured_in_time_are_reported(served: Served, tmp_path: Path) -> None:
+    rate = ["--rate", "40", "--duration", "0.3", "--share", "50", "--share", "75", "--seed", "9", "--time-limit", "30"]
+    code, output = loadtest("--url", served.url, *rate, out=tmp_path)
+    assert code == 1 and "OutOfTime: 30 s are over before point 2 of 2" in output
+    run = msgspec.json.decode((tmp_path / "result.json").read_bytes(), type=Run)
+    assert [point.share for point in run.points] == [0.5]
+    page = (tmp_path / "report.html").read_text()
+    check_page(page, run)
+    for text in (page, output, (tmp_path / "table.md").read_text()):
+        assert "The run ended early: 1 of 2 points were measured." in text
+
+
+def test_points_measured_before_the_endpoint_died_are_reported(
+    served: Served, backend: CachingBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = load._point
+
+    def then_dies(*arguments: Any) -> Any:
+        backend.cost_s = 20.0 if backend.requests[load.WARM_UP :] else 0.0
+        return point(*arguments)
+
+    monkeypatch.setattr(load, "_point", then_dies)
+    rate = ["--rate", "40", "--duration", "0.2", "--share", "50", "--share", "75", "--seed", "9", "--timeout", "0.3"]
+    code, output = loadtest("--url", served.url, *rate, out=tmp_path)
+    assert code == 1 and "EndpointDead" in output and "The run ended early: 1 of 2 points" in output
+    assert len(msgspec.json.decode((tmp_path / "result.json").read_bytes(), type=Run).points) == 1
 
 
 def test_the_command_writes_a_page_that_needs_nothing_else(served: Served, tmp_path: Path) -> None:
@@ -133,7 +173,31 @@ def test_the_command_writes_a_page_that_needs_nothing_else(served: Served, tmp_p
     assert [point.share for point in run.points] == [0.0, 0.5]
     page = (tmp_path / "report.html").read_text()
     check_page(page, run)
-    assert "| repeated | reuse |" in (tmp_path / "table.md").read_text()
+    shown = (tmp_path / "table.md").read_text()
+    assert "| repeated | reuse |" in shown
+    assert run.missing == 0 and not any("ended early" in text for text in (page, shown, output))
+
+
+def test_without_a_url_a_deployment_is_started_and_stopped(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("engine: {store_bytes: 67108864}\n")
+    told: list[Any] = []
+
+    @contextmanager
+    def running(given: Settings, *, say: Any) -> Iterator[str]:
+        told.append(given)
+        yield served.url
+        told.append("stopped")
+
+    monkeypatch.setattr("vlcache_dist.serve.cluster.running", running)
+    options = ["--prefills", "3", "--decodes", "0", "--config", str(settings), "--share", "50", "--duration", "0.2"]
+    code, output = loadtest(*options, "--rate", "20", out=tmp_path / "out")
+    assert code == 0 and (tmp_path / "out" / "report.html").exists(), output
+    given, stopped = told
+    assert (given.serve.prefills, given.serve.decodes, given.serve.port) == (3, 0, 0) and stopped == "stopped"
+    assert given.engine.store_bytes == 67108864 and given.serve.address is None
 
 
 def check_page(page: str, run: Run) -> None:

@@ -16,6 +16,8 @@ from vlcache_dist.loadtest.client import Job, Target
 from vlcache_dist.loadtest.dataset import Request, render
 from vlcache_dist.loadtest.scenario import SCENARIOS, plan
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:

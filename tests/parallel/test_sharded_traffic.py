@@ -28,13 +28,7 @@ def test_random_traffic_on_two_ranks(arena_tokens: int, monkeypatch: pytest.Monk
     options = {"num_blocks": 2 * arena_tokens + 12, "max_batch_tokens": 20, "max_running": 4, "max_waiting": 6}
     with sharded_world(2, monkeypatch, seed=5, arena_tokens=arena_tokens, **options) as sharded:
         traffic = ShardedTraffic(5, sharded.world)
-        operations = [traffic.add] * 4 + [traffic.step] * 10 + [traffic.abort, traffic.hand_over]
-        for _ in range(120):
-            traffic.random.choice(operations)()
-            traffic.world.engine.validate()
-        while traffic.world.engine._sequences:
-            traffic.world.drive()
-            traffic.hand_over()
+        traffic.run(120)
         traffic.check_exact()
         assert traffic.checked > 5
         assert not any(result.failed for result in traffic.world.results.values())

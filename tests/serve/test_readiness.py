@@ -11,7 +11,7 @@ import pytest
 
 from vlcache_dist.config import ServeSettings
 from vlcache_dist.errors import ConfigError, WorkerLost
-from vlcache_dist.serve.readiness import last_error, pools, require_room, wait_until_ready
+from vlcache_dist.serve.readiness import failing, last_error, pools, require_room, wait_until_ready
 
 
 def settings(**values: object) -> ServeSettings:
@@ -138,3 +138,11 @@ def test_an_endpoint_that_never_answers_is_told_with_what_is_missing() -> None:
 )
 def test_the_error_in_a_message(message: str, line: str) -> None:
     assert last_error(message) == line
+
+
+def test_what_has_failed_is_told_apart_from_what_is_starting() -> None:
+    starting = {"ingress": ("UPDATING", "waiting"), "prefill": ("HEALTHY", "")}
+    assert failing("app", "DEPLOYING", "", starting) == {}
+    assert failing("app", "DEPLOY_FAILED", "no such import", starting) == {"app": "no such import"}
+    failed = {**starting, "encoder": ("UPDATING", "Traceback: x"), "decode": ("DEPLOY_FAILED", "y")}
+    assert failing("app", "DEPLOY_FAILED", "z", failed) == {"encoder": "Traceback: x", "decode": "y"}

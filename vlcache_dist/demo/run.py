@@ -81,7 +81,7 @@ def run(url: str, say: Callable[[str], None], *, api_key: str = "none") -> Repor
     headers = {"authorization": f"Bearer {api_key}"}
     with (
         tempfile.TemporaryDirectory(prefix="vlcache-demo-") as folder,
-        httpx.Client(base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S) as client,
+        httpx.Client(base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S, trust_env=False) as client,
     ):
         asked = questions(save_pictures(Path(folder)))
         workers = _prefill_workers(client)

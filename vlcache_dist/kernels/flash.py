@@ -7,6 +7,7 @@ finite everywhere (a pool that starts zeroed stays so).
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,19 @@ def _first(result: Any, out: torch.Tensor | None = None) -> torch.Tensor:
     return result if out is None else out.copy_(result)
 
 
-class FlashAttention2:
+class _Varlen:
+    """The call that flash-attn 2 and 3 have in common; ``_varlen`` is their function for it."""
+
+    _varlen: Callable[..., Any]
+
+    def varlen_attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, max_len: int, scale: float,
+        causal: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        return _first(self._varlen(q, k, v, cu, cu, max_len, max_len, softmax_scale=scale, causal=causal))
+
+
+class FlashAttention2(_Varlen):
     """Package ``flash-attn`` 2.x: pages must be a multiple of 256 tokens."""
 
     name = "flash-attn-2"
@@ -41,14 +54,8 @@ class FlashAttention2:
             out,
         )  # fmt: skip
 
-    def varlen_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, max_len: int, scale: float,
-        causal: bool,
-    ) -> torch.Tensor:  # fmt: skip
-        return _first(self._varlen(q, k, v, cu, cu, max_len, max_len, softmax_scale=scale, causal=causal))
 
-
-class FlashAttention3:
+class FlashAttention3(_Varlen):
     """Module ``flash_attn_interface`` (the hopper build of flash-attn 3): any page size, splits keys by itself."""
 
     name = "flash-attn-3"
@@ -71,12 +78,6 @@ class FlashAttention3:
             ),
             out,
         )  # fmt: skip
-
-    def varlen_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, max_len: int, scale: float,
-        causal: bool,
-    ) -> torch.Tensor:  # fmt: skip
-        return _first(self._varlen(q, k, v, cu, cu, max_len, max_len, softmax_scale=scale, causal=causal))
 
 
 class FlashAttention4:

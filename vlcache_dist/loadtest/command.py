@@ -23,7 +23,7 @@ from vlcache_dist.errors import ConfigError, VLCacheError
 from vlcache_dist.loadtest import dataset, report
 from vlcache_dist.loadtest.records import Objective, Run
 from vlcache_dist.loadtest.scenario import SCENARIOS, Scenario, plan, share_of
-from vlcache_dist.serve.readiness import check_reachable, use_token
+from vlcache_dist.serve.readiness import check_reachable, start_with_token, use_token
 
 SHARES = (0.0, 25.0, 50.0, 75.0, 95.0)  #: percent
 
@@ -74,6 +74,12 @@ def loadtest(
 ) -> None:
     """Measure a deployment with and without reuse, at several rates and shares of repeated pictures; write a report."""
     console = Console(stderr=True)
+    measured: list[Run] = []
+
+    def keep(run: Run) -> None:
+        _write(out, run)
+        measured[:] = [run]
+
     try:
         scenarios = tuple(_scenario(name) for name in scenario or ("document-qa",))
         shares = tuple(value / 100 for value in share or SHARES)
@@ -86,6 +92,8 @@ def loadtest(
         if address is not None:
             check_reachable(address)
             use_token()
+        elif url is None:
+            start_with_token()
         from vlcache_dist.loadtest import actor
         from vlcache_dist.loadtest.run import Options, find, measure
 
@@ -108,12 +116,14 @@ def loadtest(
                 f"about {options.expected_s():.0f} s of load by {options.clients} clients on {base}", style="dim"
             )
             with _progress(console) as tell:
-                run = measure(find(base, keys), options, tell)
-        _write(out, run, console)
+                measure(find(base, keys), options, tell, keep)
+        _show(out, measured[-1], console)
     except KeyboardInterrupt:
+        _show_early(out, measured, console)
         console.print("stopped", style="dim")
         sys.exit(130)
     except (VLCacheError, RuntimeError, OSError, httpx.HTTPError, ValueError) as error:
+        _show_early(out, measured, console)
         console.print(f"{type(error).__name__}: {error}", style="red", soft_wrap=True)
         sys.exit(1)
 
@@ -151,7 +161,6 @@ def _deployment(
 ) -> Iterator[str]:
     """The base URL of what is measured; started here, and stopped again, unless ``url`` names it."""
     from vlcache_dist.loadtest import actor
-    from vlcache_dist.serve.cluster import running
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     warnings.filterwarnings("ignore", module="ray")
@@ -166,6 +175,8 @@ def _deployment(
             if address is not None:
                 actor.leave()
         return
+    from vlcache_dist.serve.cluster import running
+
     serve = {"port": 0, "prefills": prefills, "decodes": decodes, "address": address}
     settings = Settings.read(config, serve=serve)
     with running(settings, say=lambda text: console.print(text, style="dim")) as base:
@@ -198,17 +209,26 @@ def _export(
             console.print(f"{where}: {count} requests, {share_of(planned):.0%} of image slots repeated: {names}")
 
 
-def _write(out: Path, run: Run, console: Console) -> None:
+def _write(out: Path, run: Run) -> None:
+    """Replaces what an earlier point has left."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").write_bytes(msgspec.json.encode(run))
     (out / "report.html").write_text(report.html(run))
-    (out / "table.md").write_text(
-        "".join(
-            f"{name}, {rate:g} requests per second\n\n"
-            + report.markdown([point for point in run.points if (point.scenario, point.rate) == (name, rate)])
-            + "\n"
-            for name, rate in dict.fromkeys((point.scenario, point.rate) for point in run.points)
-        )
-    )
+    tables = [
+        f"{name}, {rate:g} requests per second\n\n"
+        + report.markdown([point for point in run.points if (point.scenario, point.rate) == (name, rate)])
+        + "\n"
+        for name, rate in dict.fromkeys((point.scenario, point.rate) for point in run.points)
+    ]
+    (out / "table.md").write_text("".join(tables) + (f"{said}\n" if (said := report.early(run)) else ""))
+
+
+def _show(out: Path, run: Run, console: Console) -> None:
     print((out / "table.md").read_text(), end="")
     console.print(f"{out / 'report.html'}, {out / 'result.json'}, {out / 'table.md'}")
+
+
+def _show_early(out: Path, measured: list[Run], console: Console) -> None:
+    """What there is of a run that does not end as planned."""
+    if measured and measured[-1].missing:
+        _show(out, measured[-1], console)

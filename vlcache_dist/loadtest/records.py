@@ -110,7 +110,8 @@ class Point(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """Everything that the report shows."""
+    """Everything that the report shows. ``planned``: the points that were to be measured; a run that ended early has
+    fewer; 0: not known (files of earlier versions)."""
 
     model: str
     endpoint: str
@@ -122,3 +123,9 @@ class Run(msgspec.Struct, frozen=True):
     host: str
     started: str
     points: list[Point]
+    planned: int = 0
+
+    @property
+    def missing(self) -> int:
+        """Points that were not measured."""
+        return max(0, self.planned - len(self.points))

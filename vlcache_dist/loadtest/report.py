@@ -46,10 +46,18 @@ def html(run: Run) -> str:
         "</table><p>Every point is measured twice with the same requests at the same times, on pictures that no other "
         "point has shown: with <code>reuse=off</code> (dashed) and with reuse. Times to first token count from the "
         "moment at which a request was due. A repeated share is a share of image slots.</p>",
+        *([f"<p class='worse'>{escape(said)}</p>"] if (said := early(run)) else []),
     ]
     for (scenario, rate), points in groupby(run.points, key=lambda point: (point.scenario, point.rate)):
         parts.append(_section(scenario, rate, list(points)))
     return "".join([*parts, "</body></html>"])
+
+
+def early(run: Run) -> str:
+    """One sentence if the run ended before all points were measured; empty if it did not."""
+    if not run.missing:
+        return ""
+    return f"The run ended early: {len(run.points)} of {run.planned} points were measured."
 
 
 def table(points: Sequence[Point]) -> list[list[str]]:

@@ -21,6 +21,7 @@ from vlcache_dist.loadtest.client import Job, Target, drive
 from vlcache_dist.loadtest.dataset import Request, render
 from vlcache_dist.loadtest.records import Measurement, Objective, Point, Record, Run
 from vlcache_dist.loadtest.scenario import Scenario
+from vlcache_dist.serve.endpoint import base_of
 
 LEAD_S = 1.5  #: from the decision to start until the first request: clients build their bodies in it
 SAMPLE_S = 0.5
@@ -64,7 +65,7 @@ class Options(msgspec.Struct, frozen=True):
 
 def find(url: str, keys: Sequence[str] = ()) -> Target:
     """The deployment at a URL. Raises EndpointDead."""
-    target = Target(url.rstrip("/").removesuffix("/v1"), "", tuple(keys))
+    target = Target(base_of(url), "", tuple(keys))
     listed = counters.get(target, "/v1/models").json()
     try:
         model = listed["data"][0]["id"]
@@ -73,13 +74,19 @@ def find(url: str, keys: Sequence[str] = ()) -> Target:
     return msgspec.structs.replace(target, model=model)
 
 
-def measure(target: Target, options: Options, tell: Callable[[str, int, int], None]) -> Run:
-    """Measure all points. ``tell``: what is under way, requests done, requests of it. Raises EndpointDead,
-    Disagreement, OutOfTime, ConfigError."""
+def measure(
+    target: Target,
+    options: Options,
+    tell: Callable[[str, int, int], None],
+    keep: Callable[[Run], None] = lambda run: None,
+) -> Run:
+    """Measure all points. ``tell``: what is under way, requests done, requests of it. ``keep`` is called with all
+    points so far as soon as one is measured: whatever ends the run later does not take them along. Raises
+    EndpointDead, Disagreement, OutOfTime, ConfigError."""
     if options.reuse == "off":
         raise ConfigError("reuse=off is always measured; choose what to compare it with: approx or exact")
-    began, points = time.monotonic(), []
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    began = time.monotonic()
+    run = _nothing_yet(target, options)
     _warm_up(target, options, tell)
     number = 0
     for each in options.scenarios:
@@ -88,9 +95,17 @@ def measure(target: Target, options: Options, tell: Callable[[str, int, int], No
                 number += 1
                 if time.monotonic() - began > options.limit_s:
                     raise OutOfTime(
-                        f"{options.limit_s:.0f} s are over before point {number}; measure less, or allow more"
+                        f"{options.limit_s:.0f} s are over before point {number} of {run.planned}; measure less, or "
+                        "allow more"
                     )
-                points.append(_point(target, options, each, rate, share, options.seed + number, tell))
+                point = _point(target, options, each, rate, share, options.seed + number, tell)
+                run = msgspec.structs.replace(run, points=[*run.points, point])
+                keep(run)
+    return run
+
+
+def _nothing_yet(target: Target, options: Options) -> Run:
+    """What is known of a run before its first point."""
     workers: dict[str, int] = {}
     for worker in counters.get(target, "/status").json()["workers"]:
         workers[worker["role"]] = workers.get(worker["role"], 0) + 1
@@ -103,8 +118,9 @@ def measure(target: Target, options: Options, tell: Callable[[str, int, int], No
         workers=workers,
         versions={name: version(name) for name in ("torch", "transformers", "ray")},
         host=f"{os.cpu_count()} cores, {platform.machine()}",
-        started=started,
-        points=points,
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        points=[],
+        planned=len(options.scenarios) * len(options.rates) * len(options.shares),
     )
 
 

@@ -22,9 +22,10 @@ import yaml
 from vlcache_dist.config import ServeSettings, Settings
 from vlcache_dist.errors import ConfigError, WorkerLost
 from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
-from vlcache_dist.localcluster.hosts import Host, NoNamespaces, end, namespaces
+from vlcache_dist.leftovers import end, marked
+from vlcache_dist.localcluster.hosts import Host, NoNamespaces, namespaces
 from vlcache_dist.serve.auth import ENVIRONMENT, entry_of, new_key
-from vlcache_dist.serve.readiness import pools, require_room, wait_until_ready
+from vlcache_dist.serve.readiness import failing, pools, require_room, wait_until_ready
 
 MARK = "VLCACHE_LOCALCLUSTER"
 GCS_PORT, DASHBOARD_PORT, METRICS_PORT = 6379, 8265, 8080
@@ -103,7 +104,7 @@ def _started(
     isolated = hosts[0].namespace is not None
     folder = Path(tempfile.mkdtemp(prefix=f"vlc-{mark}-"))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    stack.callback(end, lambda: _marked(mark))
+    stack.callback(end, lambda: marked(MARK, mark))
     api_key = new_key()
     token = secrets.token_hex(32)
     environment = {
@@ -114,6 +115,7 @@ def _started(
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_metrics_report_interval_ms": "2000",
+        "RAY_worker_niceness": "0",
         "UCX_TLS": "tcp,self",
         ENVIRONMENT: entry_of(api_key),
     }
@@ -234,7 +236,12 @@ def _deploy(cluster: LocalCluster, serve_config: dict[str, Any], token: str, say
         def failures() -> dict[str, str]:
             with contextlib.suppress(httpx.HTTPError):
                 application = dashboard.get("/api/serve/applications/").json()["applications"].get(own.app_name, {})
-                return _failures(own.app_name, application)
+                deployments = {
+                    name: (about["status"], about["message"])
+                    for name, about in application.get("deployments", {}).items()
+                }
+                status, message = application.get("status", ""), application.get("message", "")
+                return failing(own.app_name, status, message, deployments)
             return {}
 
         require_room(own, nodes())
@@ -244,30 +251,6 @@ def _deploy(cluster: LocalCluster, serve_config: dict[str, Any], token: str, say
         wait_until_ready(
             cluster.url, own, DEPLOY_S, failures=failures, room=lambda: require_room(own, nodes()), say=say
         )
-
-
-def _failures(name: str, application: Mapping[str, Any]) -> dict[str, str]:
-    found = {
-        deployed: about["message"]
-        for deployed, about in application.get("deployments", {}).items()
-        if about["status"] in ("DEPLOY_FAILED", "UNHEALTHY") or "Traceback" in about["message"]
-    }
-    if not found and application.get("status") == "DEPLOY_FAILED":
-        return {name: application.get("message", "")}
-    return found
-
-
-def _marked(mark: str) -> list[int]:
-    """Processes whose environment has this cluster's mark, wherever they are."""
-    wanted = f"{MARK}={mark}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-                if state != "Z" and wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-    return found
 
 
 def _last_line(text: str) -> str:

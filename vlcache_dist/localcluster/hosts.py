@@ -10,14 +10,12 @@ import ctypes
 import json
 import os
 import shutil
-import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlcache_dist.errors import WorkerLost
+from vlcache_dist.leftovers import end
 
 CLONE_NEWNET = 0x40000000
 NETNS = Path("/run/netns")
@@ -105,22 +103,6 @@ def _build(switch: str, hosts: Sequence[Host]) -> None:
         _ip("-n", here, "link", "set", "eth0", "up")
         _ip("-n", switch, "link", "set", f"port{i}", "master", "bridge")
         _ip("-n", switch, "link", "set", f"port{i}", "up")
-
-
-def end(pids: Callable[[], list[int]], patience_s: float = 5.0) -> None:
-    """End the processes that ``pids()`` names: ask, wait, kill, until there are none. Raises WorkerLost if some will
-    not go."""
-    deadline = time.monotonic() + patience_s
-    number = signal.SIGTERM
-    while alive := [pid for pid in pids() if pid != os.getpid()]:
-        if time.monotonic() > deadline + patience_s:
-            raise WorkerLost(f"processes {alive} do not end")
-        if time.monotonic() > deadline:
-            number = signal.SIGKILL
-        for pid in alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        time.sleep(0.2)
 
 
 def _setns(descriptor: int) -> None:

@@ -5,25 +5,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from vlcache_dist.assembly import Model, require_memory
+from vlcache_dist.assembly import Model, require_device, require_memory
 from vlcache_dist.cache_directory.actor import shutdown_directory
-from vlcache_dist.config import Settings
+from vlcache_dist.config import ServeSettings, Settings
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
+from vlcache_dist.leftovers import end, marked
+from vlcache_dist.pixels import PixelConfig
+from vlcache_dist.reuse.plan_file import resolve_plan
 from vlcache_dist.serve.app import build
-from vlcache_dist.serve.auth import require_keys
-from vlcache_dist.serve.readiness import check_reachable, require_room, wait_until_ready
+from vlcache_dist.serve.endpoint import check_endpoint, choose_port, url_of
+from vlcache_dist.serve.readiness import check_reachable, failing, require_room, wait_until_ready
 from vlcache_dist.types import Role
 
 log = logging.getLogger(__name__)
 
+MARK = "VLCACHE_CLUSTER"  #: in the environment of all processes of a cluster started here
+STOP_S = 60.0
+DEATH_S = 0.5  #: within it the control store of a cluster started here has followed a signal to the whole process group
 LOGICAL_CPUS = 16  #: of a cluster started here: actors ask for none, Serve's own do
 
 
@@ -33,23 +42,22 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
 
     Starts a Ray cluster on this machine unless ``settings.serve.address`` names one. Whatever happens inside, SIGINT
     and SIGTERM included, everything that was started here is stopped; a cluster that was joined keeps running without
-    the application. Raises CheckpointError for a model that is not there, WorkerLost if a worker cannot start or the
-    pools are not ready in time, ConfigError if the port is taken, the cluster too small, or the endpoint open to others
-    without API keys.
+    the application. Raises CheckpointError for a model that is not there, InvalidPlan, WorkerLost if a worker cannot
+    start or the pools are not ready in time, ConfigError if the port is taken, the device not there, the cluster too
+    small, or the endpoint open to others without API keys.
     """
     own = settings.serve
-    require_keys(own)
+    check_endpoint(own)
+    port = choose_port(own)
     if own.address is None:
-        say(f"opening {settings.model.model}")  # what every worker would stumble over, a hub that is out of reach say
-        model = Model.open(settings)
-        if model.placement.device.type == "cpu":  # asking a GPU would take a part of its memory
-            for role in (Role.ENCODER, Role.PREFILL):
-                require_memory(settings, role, model)
+        say(f"opening {settings.model.model}")
+        _check_model(settings)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    mark = secrets.token_hex(8)
     with terminate_as_interrupt() as again:
         try:
             say("starting Ray" if own.address is None else f"joining Ray at {own.address}")
-            port = _start_ray(settings)
+            _start_ray(own, mark)
             again()  # Ray has put a handler of its own in place, which aborts the process after 3 s
             say(f"starting {own.encoders} encoder, {own.prefills} prefill and {own.decodes} decode workers")
             if own.address is None:  # a cluster that was joined may grow
@@ -58,7 +66,7 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
             listening = settings.model_copy(update={"serve": own.model_copy(update={"direct": True, "port": port})})
             target = serve.RunTarget(target=build(listening.model_dump(mode="json")), name=own.app_name)
             serve.run_many([target], wait_for_applications_running=False)
-            url = f"http://{'127.0.0.1' if own.host in ('0.0.0.0', '::') else own.host}:{port}"
+            url = url_of(own.host, port)
             wait_until_ready(
                 url,
                 own,
@@ -71,19 +79,32 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
         finally:
             with uninterrupted():
                 say("stopping")
-                _stop(settings)
+                _stop(own, mark)
 
 
-def _start_ray(settings: Settings) -> int:
-    own = settings.serve
-    port = own.port or _free_port(own.host)
-    if own.port and own.address is None and not _is_free(own.host, own.port):
-        raise ConfigError(f"port {own.port} of {own.host} is taken: choose another with --port")
+def _check_model(settings: Settings) -> None:
+    """What every worker would stumble over later, and a hub that is out of reach. Raises CheckpointError,
+    UnsupportedModel, ConfigError, InvalidPlan."""
+    model = Model.open(settings)
+    require_device(model)
+    PixelConfig.read(model.checkpoint.folder)
+    resolve_plan(settings.engine.plan, model=model.layout.model, num_layers=model.layout.num_layers)
+    if model.placement.device.type == "cpu":  # asking a GPU would take a part of its memory
+        for role in (Role.ENCODER, Role.PREFILL):
+            require_memory(settings, role, model)
+
+
+def _start_ray(own: ServeSettings, mark: str) -> None:
     quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
     if own.address is None:
-        # "local": a cluster that somebody else runs on this machine is not to be joined unasked.
-        ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
-        return port
+        os.environ[MARK] = mark
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets everything else on the machine go first
+        try:
+            # "local": a cluster that somebody else runs on this machine is not to be joined unasked.
+            ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, **quiet)  # type: ignore[arg-type]
+        finally:
+            del os.environ[MARK]
+        return
     check_reachable(own.address)
     try:
         ray.init(address=own.address, **quiet)  # type: ignore[arg-type]
@@ -92,7 +113,6 @@ def _start_ray(settings: Settings) -> int:
             f"the Ray cluster at {own.address} cannot be joined: {str(error).splitlines()[0]} (is it running, and does "
             "this process have its token, by RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH?)"
         ) from error
-    return port
 
 
 def _failures(app_name: str) -> dict[str, str]:
@@ -100,43 +120,49 @@ def _failures(app_name: str) -> dict[str, str]:
     application = serve.status().applications.get(app_name)
     if application is None:
         return {}
-    found = {
-        name: deployment.message
-        for name, deployment in application.deployments.items()
-        if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY") or "Traceback" in deployment.message
-    }
-    if not found and application.status == "DEPLOY_FAILED":
-        return {app_name: application.message}
-    return found
+    deployments = {name: (about.status, about.message) for name, about in application.deployments.items()}
+    return failing(app_name, application.status, application.message, deployments)
 
 
 def _node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _stop(settings: Settings) -> None:
-    own = settings.serve
-    if not ray.is_initialized():
-        return
+def _stop(settings: ServeSettings, mark: str) -> None:
+    """Take down the application, and the cluster with ``mark`` if it was started here."""
+    if ray.is_initialized():
+        control_store = ray.get_runtime_context().gcs_address
+        if settings.address is None:
+            time.sleep(DEATH_S)
+        thread = threading.Thread(target=_take_down, args=(settings,), daemon=True)
+        deadline = time.monotonic() + STOP_S
+        if _answers(control_store):
+            thread.start()
+        while thread.is_alive() and time.monotonic() < deadline and _answers(control_store):
+            thread.join(0.5)
+        if not _answers(control_store):
+            log.warning("Ray's control store is gone; its processes are ended without it")
+            end(lambda: marked(MARK, mark), patience_s=2.0)
+        ray.shutdown()
+    if settings.address is None:
+        end(lambda: marked(MARK, mark))
+
+
+def _take_down(settings: ServeSettings) -> None:
     try:
         with contextlib.suppress(RayServeException):  # Serve was not started yet
-            serve.delete(own.app_name)
-        shutdown_directory(own.app_name, own.directory_shards)
-    finally:
-        ray.shutdown()
+            serve.delete(settings.app_name)
+        shutdown_directory(settings.app_name, settings.directory_shards)
+    except ray.exceptions.RayError as error:
+        log.warning("the application did not end as it should: %s", str(error).splitlines()[0])
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
+def _answers(address: str) -> bool:
+    """Whether Ray's control store is there. A signal to the whole process group ends it as well, and Ray would wait for
+    it for a minute and then abort."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2.0).close()
+    except OSError:
+        return False
+    return True

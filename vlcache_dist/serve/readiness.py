@@ -17,6 +17,7 @@ from vlcache_dist.config import ServeSettings
 from vlcache_dist.errors import ConfigError, WorkerLost
 
 EPSILON = 1e-6
+POLL_S, FAILURES_S = 0.1, 1.0  #: of the pools' health, and of deployments that fail, while a start is awaited
 ERROR_LINE = re.compile(r"^(?:[A-Za-z_]\w*\.)*([A-Za-z_]\w*(?:Error|Exception|Lost|Model))(?:: (.*))?$", re.MULTILINE)
 
 
@@ -99,6 +100,12 @@ def use_token() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
+def start_with_token() -> None:
+    """To be called before Ray is imported: a cluster that is started here asks for a token, which is Ray's default;
+    named, it is not talked about."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def check_reachable(address: str) -> None:
     """Raises ConfigError at once if nothing listens at a Ray address, where Ray would try for more than a minute."""
     host, colon, port = address.rpartition(":")
@@ -127,20 +134,36 @@ def wait_until_ready(
     wanted = {pool.role: pool.workers for pool in pools(settings)}
     deadline = time.monotonic() + patience_s
     seen: dict[str, int] = {}
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.HTTPError, ValueError):
-            reply = httpx.get(f"{url}/healthz", timeout=5.0)
-            workers = reply.json().get("workers", {}) if reply.status_code == 200 else {}
-            if workers != seen:
-                seen = workers
-                say(f"ready: {', '.join(f'{n} {role}' for role, n in sorted(seen.items())) or 'nobody yet'}")
-            if all(seen.get(role, 0) >= count for role, count in wanted.items()):
-                return
-        for name, message in failures().items():
-            raise WorkerLost(f"{name} cannot start: {last_error(message)}")
-        time.sleep(0.1)
+    look_again = 0.0
+    # One client, because making it costs more than a request; a proxy from the environment is not for this endpoint.
+    with httpx.Client(base_url=url, timeout=5.0, trust_env=False) as client:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.HTTPError, ValueError):
+                reply = client.get("/healthz")
+                workers = reply.json().get("workers", {}) if reply.status_code == 200 else {}
+                if workers != seen:
+                    seen = workers
+                    say(f"ready: {', '.join(f'{n} {role}' for role, n in sorted(seen.items())) or 'nobody yet'}")
+                if all(seen.get(role, 0) >= count for role, count in wanted.items()):
+                    return
+            if time.monotonic() > look_again:
+                for name, message in failures().items():
+                    raise WorkerLost(f"{name} cannot start: {last_error(message)}")
+                look_again = time.monotonic() + FAILURES_S
+            time.sleep(POLL_S)
     room()
     raise WorkerLost(f"after {patience_s:.0f} s the pools have {seen}, not {wanted}")
+
+
+def failing(name: str, status: str, message: str, deployments: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """Messages of what Serve has tried to start in vain: of deployments, given as (status, message) by name, or else of
+    the application ``name`` itself."""
+    found = {
+        deployed: why
+        for deployed, (how, why) in deployments.items()
+        if how in ("DEPLOY_FAILED", "UNHEALTHY") or "Traceback" in why
+    }
+    return found or ({name: message} if status == "DEPLOY_FAILED" else {})
 
 
 def last_error(message: str) -> str:
