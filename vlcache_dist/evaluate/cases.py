@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from vlcache_dist.demo.pictures import Picture, draw
 from vlcache_dist.demo.scenes import Kind, Scene, scene
+
+BATCH = 32  #: cases of a format that are run together
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,3 +102,10 @@ def by_format(cases: Sequence[Case]) -> dict[str, list[Case]]:
     for case in cases:
         groups.setdefault(case.format, []).append(case)
     return groups
+
+
+def batches(cases: Sequence[Case]) -> Iterator[tuple[str, int, Sequence[Case]]]:
+    """Format, number of its first case, cases: what is run together."""
+    for name, group in by_format(cases).items():
+        for start in range(0, len(group), BATCH):
+            yield name, start, group[start : start + BATCH]

@@ -30,7 +30,7 @@ class _Draw:
         return self.picture(self.rng.choice(kinds), self.rng.choice([(8, 8), (8, 8), (8, 12), (12, 12)]))
 
     def fact(self, picture: Shown) -> Fact:
-        facts = [f for f in picture.picture().facts if not f.question.startswith("Read row")]
+        facts = [f for f in picture.scene().facts if not f.question.startswith("Read row")]
         return self.rng.choice(facts)
 
     def words(self, count: int) -> str:
@@ -99,7 +99,7 @@ def _needle(d: _Draw, label: str, picture: Shown, words: int) -> Dialogue:
 
 def _code_word(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
     picture = d.picture()
-    facts = picture.picture().facts
+    facts = picture.scene().facts
     fact, other = d.rng.choice(facts), d.rng.choice(facts)
     donor = _needle(d, _label(other), picture, d.rng.randint(10, 60))
     return _needle(d, _label(fact), picture, d.rng.randint(10, 60)), fact.answer, (Donor(donor, 0),)
