@@ -264,24 +264,20 @@ def evaluate(
     plots: Annotated[Path | None, typer.Option(help="write SVG plots to this folder")] = None,
 ) -> None:
     """Ask questions under other contexts' KV and show what every policy costs and gets wrong."""
-    from vlcache_dist.evaluate import cli
+    from vlcache_dist.evaluate import cli, figures
     from vlcache_dist.evaluate.journal import Journal
     from vlcache_dist.evaluate.workers import BenchSpec
 
     console = Console(stderr=True)
     with _told(console):
         if from_json is not None:
-            figures = cli.read_json(from_json)
+            found = figures.read_json(from_json)
         else:
             spec = BenchSpec(model, device, dtype, max_answer)
             asked = {"cases_per_format": cases, "seed": seed, "donors": donors, "dtype": dtype}
             chosen = cli.load_suite(suite, cases, seed, donors)
-            made_by = {
-                "model": cli.checkpoint(spec).fingerprint,
-                "suite": suite,
-                "dtype": dtype,
-                "max_answer": max_answer,
-            } | asked
+            asked |= {"model": cli.checkpoint(spec).fingerprint, "suite": suite}
+            made_by = asked | {"max_answer": max_answer, "cases": cli.digest(chosen)}
             journal = Journal(json_file.with_suffix(".jsonl") if json_file is not None else None, made_by)
             with Progress(console=console) as bar:
                 task = bar.add_task("batches", total=None)
@@ -293,12 +289,12 @@ def evaluate(
                     workers,
                     lambda done, total: bar.update(task, completed=done, total=total),
                 )
-            figures = {**of, **asked, "rows": rows}
+            found = {**asked, "rows": rows}
             if json_file is not None:
-                cli.write_json(json_file, figures)
+                figures.write_json(json_file, found)
         if plots is not None:
-            cli.write_plots(figures, plots)
-    rows = figures["rows"]
+            figures.write_plots(found, plots)
+    rows = found["rows"]
     table = Table("format", "policy", "cases", "right", "in full", "KL", "% computed", "% escalated")
     for row in rows:
         shares = (f"{100 * row[name]:.1f}" for name in ("computed_share", "escalated_share"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from vlcache_dist.demo.pictures import Picture, draw
+from vlcache_dist.demo.pictures import Picture, paint
 from vlcache_dist.demo.scenes import Kind, Scene, scene
 
 BATCH = 32  #: cases of a format that are run together
@@ -27,7 +27,7 @@ class Shown:
 
     def picture(self) -> Picture:
         """The drawn picture with its facts. Only for drawn ones."""
-        return _drawn(self.kind, self.seed, self.rows, self.columns)
+        return _drawn(self)
 
     def scene(self) -> Scene:
         """What the drawn picture shows, unpainted. Only for drawn ones."""
@@ -39,8 +39,9 @@ class Shown:
 
 
 @lru_cache(maxsize=64)
-def _drawn(kind: Kind, seed: int, rows: int, columns: int) -> Picture:
-    return draw(kind, seed, rows, columns)
+def _drawn(shown: Shown) -> Picture:
+    drawn = shown.scene()  # not ``draw``: it refuses sizes that the bundled model has not learnt
+    return Picture(shown.kind, paint(drawn), drawn.facts)
 
 
 Part = str | Shown

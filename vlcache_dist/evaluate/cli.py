@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from vlcache_dist.evaluate.cases import Case
 from vlcache_dist.evaluate.donors import with_canonical_donors
 from vlcache_dist.evaluate.generated import SUITES, generate
 from vlcache_dist.evaluate.journal import Journal
-from vlcache_dist.evaluate.plots import chart
 from vlcache_dist.evaluate.public import read_folder
 from vlcache_dist.evaluate.run import outcome_units, read_outcomes
 from vlcache_dist.evaluate.workers import BenchSpec, run_units
@@ -73,32 +71,3 @@ def run_eval(
     WorkerLost."""
     run_units(spec, outcome_units(cases, policies, journal), journal, workers, progress)
     return report.rows(read_outcomes(cases, policies, journal))
-
-
-def write_plots(figures: dict[str, Any], folder: Path) -> None:
-    """``accuracy.svg`` and ``kl.svg``: against the computed share, over all formats, one point per policy."""
-    folder.mkdir(parents=True, exist_ok=True)
-    everything = [row for row in figures["rows"] if row["format"] == "all"]
-    for name, title, y_range in (
-        ("exact_match", "Exact match against computed share", (0.0, 1.0)),
-        ("kl", "KL of the first token against computed share", None),
-    ):
-        series = {row["policy"]: [(100 * row["computed_share"], row[name])] for row in everything}
-        drawing = chart(title, "% of vision token-layers computed", name, series, lines=False, y_range=y_range)
-        (folder / f"{'accuracy' if name == 'exact_match' else 'kl'}.svg").write_text(drawing)
-
-
-def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """``{"model", "suite", "rows", ...}``."""
-    path.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What ``write_json`` wrote. Raises ConfigError."""
-    try:
-        figures = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(figures, dict) or not isinstance(figures.get("rows"), list):
-        raise ConfigError(f"{path}: an object with 'rows' is wanted")
-    return figures
