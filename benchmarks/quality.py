@@ -4,8 +4,8 @@
     vlcache-dist eval --from-json benchmarks/results/quality-tiny.json --plots docs/pictures
 
 Finished batches go to ``--work`` (a .jsonl per part): the same command goes on where a stopped one left off. Parts can
-be run by themselves (``--parts``); what the others left in the JSON stays in it. Tuning sees the suite ``tune`` with seeds
-below 1,000 only, what is reported of ``held-out`` has seed 1,000 and above.
+be run by themselves (``--parts``); what the others left in the JSON stays in it. Tuning sees the suite ``tune`` with
+seeds below 1,000 only; what is reported of ``held-out`` has seed 1,000 and above.
 """
 
 from __future__ import annotations

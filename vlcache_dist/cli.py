@@ -319,6 +319,10 @@ def calibrate(
     false_alarms: Annotated[
         float | None, typer.Option(min=0, max=1, help="instead of --catch: share of harmless cases that may alarm")
     ] = None,
+    repair: Annotated[
+        float,
+        typer.Option(min=0, max=100, help="percent that a repair of harmful contexts may compute; 0: look for none"),
+    ] = 5.0,
     cases: Annotated[int, typer.Option(min=1, help="cases per format of the bundled suite")] = 32,
     workers: Annotated[int, typer.Option(min=1, help="processes, each with a model of its own")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -355,14 +359,13 @@ def calibrate(
         contents = calibration.calibrate(
             calibration.Calibration(spec, journal, workers, say),
             chosen,
-            calibration.Goal(budget, kl_bound, (leading, strided), catch, false_alarms),
+            calibration.Goal(budget, kl_bound, (leading, strided), catch, false_alarms, repair),
             model=found.fingerprint,
             num_layers=found.config.text.num_layers,
             data=data,
         )
         calibration.write_plan(out, contents)
-    repair = contents["provenance"]["repair"]
-    console.print(f"{out}: canary {contents['canary']}, best repair {repair['policy']}: {repair[repair['policy']]}")
+    console.print(f"{out}: canary {contents['canary']}, {contents['provenance']}")
 
 
 @app.command()

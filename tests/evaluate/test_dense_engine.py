@@ -11,6 +11,7 @@ import torch
 
 from vlcache_dist import LLM, SamplingParams
 from vlcache_dist.config import EngineSettings
+from vlcache_dist.errors import InvalidPlan
 from vlcache_dist.evaluate.cases import Case, Dialogue, Shown
 from vlcache_dist.evaluate.generated import generate
 from vlcache_dist.evaluate.policies import parse_policy
@@ -145,3 +146,32 @@ def test_a_shift_moves_all_tokens_by_what_the_probes_gained() -> None:
     found = rows(evaluate(bench, cases, [parse_policy("none"), parse_policy("shift:3")]))
     none, shifted = (row["exact_match"] for row in found if row["format"] == "all")
     assert shifted >= none + 0.25
+
+
+def test_attention_is_what_the_last_token_pays(bench: Workbench) -> None:
+    """A distribution over the keys; where all is fresh, moving the picture's V by its attention moves the output so."""
+    (case,) = [c for c in generate("tune", 1, seed=5) if c.format == "question first"]
+    trial = Trial(bench, [case])
+    everything = np.ones((trial.num_layers, *trial.known.shape), bool)
+    paid = trial.attention(everything)
+    assert paid.shape == (trial.num_layers, 1, trial.known.shape[1])
+    assert (paid >= 0).all() and (paid.sum(-1) < 1).all() and paid.sum(-1).max() > 0.05
+    nothing = trial.attention(np.zeros_like(everything))
+    np.testing.assert_allclose(paid[0], nothing[0], atol=1e-5, err_msg="layer 0 sees the same K in any context")
+
+
+def test_few_tokens_chosen_by_attention_repair_a_changed_role(bench: Workbench) -> None:
+    cases = [case for case in generate("tune", 8, 3) if case.format == "swapped labels"]
+    names = ["none", "uniform:5", "attend:5@8+shift:1"]
+    found: dict[str, list[Outcome]] = {}
+    for outcome in evaluate(bench, cases, [parse_policy(name) for name in names]):
+        found.setdefault(outcome.policy, []).append(outcome)
+    kl = {name: float(np.mean([o.kl for o in found[name]])) for name in names}
+    assert kl["attend:5@8+shift:1"] < 0.1 * kl["uniform:5"], kl
+    assert np.mean([o.right for o in found["attend:5@8+shift:1"]]) > 0.5 + np.mean([o.right for o in found["none"]])
+    # 7 of 128 tokens in all layers, 2 shift probes in all layers, and those once more in layers 0 to 8
+    (share,) = {o.computed_share for o in found["attend:5@8+shift:1"]}
+    assert share == pytest.approx((10 * (7 + 2) + 9 * 2) / (10 * 128))
+    assert found["attend:5@8+shift:1"][0].flops > found["none"][0].flops
+    with pytest.raises(InvalidPlan, match="10 layers"):
+        list(evaluate(bench, cases[:1], [parse_policy("attend:5@10")]))

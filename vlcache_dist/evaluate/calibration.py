@@ -33,13 +33,15 @@ _PERCENTS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0)
 class Goal:
     """``budget``: percent of token-layers besides the probes; with ``kl_bound`` (nats) instead the least one that keeps
     the mean KL below it. ``probes``: leading, strided. The canary catches the share ``catch`` of harmful cases, or,
-    with ``false_alarms``, as many as that share of alarms in harmless cases allows."""
+    with ``false_alarms``, as many as that share of alarms in harmless cases allows. ``repair``: percent of token-layers
+    that a repair of harmful contexts may compute; 0: none is looked for."""
 
     budget: float = 2.0
     kl_bound: float | None = None
     probes: tuple[int, int] = (0, 3)
     catch: float = 0.99
     false_alarms: float | None = None
+    repair: float = 5.0
 
 
 def contexts(folder: Path, prompts: Sequence[str] = _PROMPTS) -> list[Case]:
@@ -148,7 +150,7 @@ def calibrate(run: Calibration, cases: Sequence[Case], goal: Goal, *, model: str
             "budget_percent": budget,
             "kl_where_quiet": {name: float(f"{value:.4g}") for name, value in kl.items()},
             "sensitivity": sensitivity,
-            "repair": run.repair(cases, sorted(helps), max(budget, 5.0)),
+            **({"repair": run.repair(cases, sorted(helps), goal.repair)} if goal.repair else {}),
         },
     }
 
