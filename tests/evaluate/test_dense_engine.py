@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -12,12 +9,13 @@ import torch
 from vlcache_dist import LLM, SamplingParams
 from vlcache_dist.config import EngineSettings
 from vlcache_dist.errors import InvalidPlan
-from vlcache_dist.evaluate.cases import Case, Dialogue, Shown
+from vlcache_dist.evaluate.cases import Case
 from vlcache_dist.evaluate.generated import generate
 from vlcache_dist.evaluate.policies import parse_policy
 from vlcache_dist.evaluate.report import Outcome
 from vlcache_dist.evaluate.run import evaluate
 from vlcache_dist.evaluate.trial import Trial
+from vlcache_dist.evaluate.ttft import openai_messages
 from vlcache_dist.evaluate.workbench import Workbench
 
 torch.set_num_threads(1)
@@ -34,15 +32,6 @@ def llm() -> LLM:
     return LLM("tiny", "cpu", "float32", engine=EngineSettings(store_bytes=32 << 20, kv_bytes=16 << 20))
 
 
-def messages(dialogue: Dialogue) -> list[dict[str, Any]]:
-    def part(x: str | Shown) -> dict[str, Any]:
-        if isinstance(x, str):
-            return {"type": "text", "text": x}
-        return {"type": "image_url", "image_url": {"url": "data:;base64," + base64.b64encode(x.data()).decode()}}
-
-    return [{"role": role, "content": [part(x) for x in parts]} for role, parts in dialogue.turns]
-
-
 def picked() -> list[Case]:
     cases = generate("tune", 1, seed=5)
     return [case for case in cases if case.format in ("other text before", "question first", "swapped labels")]
@@ -55,8 +44,8 @@ def test_same_distribution_and_answer(bench: Workbench, llm: LLM, plan: str) -> 
         llm.engine.pool.drop_contents()
         for donor in case.donors:
             assert donor is not None
-            llm.chat(messages(donor.dialogue), SAMPLING, plan="full")
-        out = llm.chat(messages(case.dialogue), SAMPLING, plan=plan)
+            llm.chat(openai_messages(donor.dialogue), SAMPLING, plan="full")
+        out = llm.chat(openai_messages(case.dialogue), SAMPLING, plan=plan)
         assert out.logprobs is not None
         trial = Trial(bench, [case])
         (outcome,) = list(evaluate(bench, [case], [parse_policy(plan)]))

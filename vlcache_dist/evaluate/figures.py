@@ -71,28 +71,22 @@ def _roc(figures: Mapping[str, Any]) -> str | None:
     return chart(title, "share of harmless cases that alarm", "share of harmful cases caught", series)
 
 
-def _sensitivity(figures: Mapping[str, Any]) -> str | None:
+def _right(figures: Mapping[str, Any], field: str, title: str, x_label: str) -> str | None:
     found = figures.get("calibration", {}).get("sensitivity")
     if not found:
         return None
-    kl = found["kl_by_fresh_layer"]
-    series = {
-        "one layer right": list(enumerate(kl)),
-        "nothing right": [(0, found["kl_none"]), (len(kl) - 1, found["kl_none"])],
-    }
-    return chart("KL when K and V of one layer are right", "layer", "KL, nats", series)
+    kl, none = found[field], found["kl_none"]
+    series = {"this one right": list(enumerate(kl)), "nothing right": [(0, none), (len(kl) - 1, none)]}
+    return chart(title, x_label, "KL, nats", series)
+
+
+def _sensitivity(figures: Mapping[str, Any]) -> str | None:
+    return _right(figures, "kl_by_fresh_layer", "KL when K and V of one layer are right", "layer")
 
 
 def _bands(figures: Mapping[str, Any]) -> str | None:
-    found = figures.get("calibration", {}).get("sensitivity")
-    if not found:
-        return None
-    kl = found["kl_by_fresh_band"]
-    series = {
-        "one part right": list(enumerate(kl)),
-        "nothing right": [(0, found["kl_none"]), (len(kl) - 1, found["kl_none"])],
-    }
-    return chart("KL when one part of each picture is computed", f"part of {len(kl)}", "KL, nats", series)
+    title = "KL when one eighth of each picture is computed"
+    return _right(figures, "kl_by_fresh_band", title, "eighth of the tokens, first ones first")
 
 
 def _positions(figures: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlcache_dist.errors import ConfigError
 
+_MAIN = ("none", "uniform:5")  #: policies that are shown by format, beside the calibrated repair and the canary
 _PLACE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -55,8 +56,10 @@ def _policies(figures: Mapping[str, Any]) -> str:
 
 
 def _formats(figures: Mapping[str, Any]) -> str:
-    rows = figures["many"]["rows"]
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    repair = figures.get("calibration", {}).get("repair", {}).get("policy")
+    rows = figures.get("many", figures)["rows"]
+    policies = [p for p in dict.fromkeys(row["policy"] for row in rows) if p in _MAIN or p == repair or "canary" in p]
+    rows = [row for row in rows if row["policy"] in policies]
     cells: dict[str, list[str]] = {}
     for row in rows:
         line = cells.setdefault(row["format"], [f"{row['full_exact_match']:.3f}"])
