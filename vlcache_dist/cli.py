@@ -13,6 +13,7 @@ import httpx
 import msgspec
 import typer
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from vlcache_dist.config import Settings
@@ -260,23 +261,46 @@ def evaluate(
     ),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes, each with a model of its own")] = 1,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="write all figures here; finished cases go beside it (.jsonl): run again to go on"),
+    ] = None,
+    from_json: Annotated[Path | None, typer.Option(help="measure nothing: show and draw what this file says")] = None,
     plots: Annotated[Path | None, typer.Option(help="write SVG plots to this folder")] = None,
 ) -> None:
     """Ask questions under other contexts' KV and show what every policy costs and gets wrong."""
-    from vlcache_dist.evaluate import cli
-    from vlcache_dist.evaluate.workbench import Workbench
+    from vlcache_dist.evaluate import cli, figures
+    from vlcache_dist.evaluate.journal import Journal
+    from vlcache_dist.evaluate.workers import BenchSpec
 
     console = Console(stderr=True)
-    with _told(console), console.status("starting") as progress:
-        bench = Workbench(model, device=device, dtype=dtype, max_answer=max_answer)
-        spellings = cli.split_policies(policies or cli.DEFAULT_POLICIES)
-        chosen = cli.load_suite(suite, cases, seed, donors)
-        rows = cli.run_eval(bench, chosen, spellings, progress.update)
-        if json_file is not None:
-            cli.write_json(json_file, bench, suite, rows, cases_per_format=cases, seed=seed, donors=donors)
+    with _told(console):
+        if from_json is not None:
+            found = figures.read_json(from_json)
+        else:
+            spec = BenchSpec(model, device, dtype, max_answer)
+            asked = {"cases_per_format": cases, "seed": seed, "donors": donors, "dtype": dtype}
+            chosen = cli.load_suite(suite, cases, seed, donors)
+            asked |= {"model": cli.checkpoint(spec).fingerprint, "suite": suite}
+            made_by = asked | {"max_answer": max_answer, "cases": cli.digest(chosen)}
+            journal = Journal(json_file.with_suffix(".jsonl") if json_file is not None else None, made_by)
+            with Progress(console=console) as bar:
+                task = bar.add_task("batches", total=None)
+                rows = cli.run_eval(
+                    spec,
+                    chosen,
+                    cli.split_policies(policies or cli.DEFAULT_POLICIES),
+                    journal,
+                    workers,
+                    lambda done, total: bar.update(task, completed=done, total=total),
+                )
+            found = {**asked, "rows": rows}
+            if json_file is not None:
+                figures.write_json(json_file, found)
         if plots is not None:
-            cli.write_plots(rows, plots)
+            figures.write_plots(found, plots)
+    rows = found["rows"]
     table = Table("format", "policy", "cases", "right", "in full", "KL", "% computed", "% escalated")
     for row in rows:
         shares = (f"{100 * row[name]:.1f}" for name in ("computed_share", "escalated_share"))
@@ -292,29 +316,59 @@ def calibrate(
     images: Annotated[Path | None, typer.Option(help="folder of pictures; without it the bundled suite 'tune'")] = None,
     prompts: Annotated[Path | None, typer.Option(help="text file, one question per line")] = None,
     budget: Annotated[float, typer.Option(min=0, max=100, help="percent of token-layers besides the probes")] = 2.0,
+    kl_bound: Annotated[
+        float | None, typer.Option(min=0, help="instead of a budget: the least one below this KL, nats")
+    ] = None,
     leading: Annotated[int, typer.Option(min=0, help="probe tokens at the start of a picture")] = 0,
     strided: Annotated[int, typer.Option(min=0, help="probe tokens spread over it")] = 3,
     catch: Annotated[float, typer.Option(min=0.5, max=1, help="share of harmful cases that must alarm")] = 0.99,
+    false_alarms: Annotated[
+        float | None, typer.Option(min=0, max=1, help="instead of --catch: share of harmless cases that may alarm")
+    ] = None,
+    repair: Annotated[
+        float,
+        typer.Option(min=0, max=100, help="percent that a repair of harmful contexts may compute; 0: look for none"),
+    ] = 5.0,
     cases: Annotated[int, typer.Option(min=1, help="cases per format of the bundled suite")] = 32,
+    workers: Annotated[int, typer.Option(min=1, help="processes, each with a model of its own")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
 ) -> None:
-    """Measure what a model's layers tell about harmful contexts and write a plan file with a canary."""
-    from vlcache_dist.evaluate import calibration
+    """Measure what a model's layers tell about harmful contexts and write a plan file with a canary. What is done is
+    kept beside the plan (.jsonl); the same command goes on where a stopped one left off."""
+    from vlcache_dist.evaluate import calibration, cli
     from vlcache_dist.evaluate.generated import generate
-    from vlcache_dist.evaluate.workbench import Workbench
+    from vlcache_dist.evaluate.journal import Journal
+    from vlcache_dist.evaluate.workers import BenchSpec
 
     console = Console(stderr=True)
-    with _told(console), console.status("starting") as progress:
+    with _told(console), Progress(console=console) as bar:
         if images is None:
             chosen, data = generate("tune", cases), f"suite tune, {cases} cases per format"
         else:
             lines = prompts.read_text().splitlines() if prompts is not None else []
             asked = {"prompts": tuple(line for line in lines if line.strip())} if prompts is not None else {}
             chosen, data = calibration.contexts(images, **asked), f"pictures in {images.name}"
-        bench = Workbench(model, device=device, dtype=dtype)
+        spec = BenchSpec(model, device, dtype)
+        found = cli.checkpoint(spec)
+        journal = Journal(
+            out.with_suffix(".jsonl"),
+            {"model": found.fingerprint, "dtype": dtype, "data": data, "prompts": cli.digest(chosen)},
+        )
+        stages: dict[str, TaskID] = {}
+
+        def say(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bar.add_task(stage)
+            bar.update(stages[stage], completed=done, total=total)
+
         contents = calibration.calibrate(
-            bench, chosen, budget=budget, probes=(leading, strided), catch=catch, data=data, say=progress.update
+            calibration.Calibration(spec, journal, workers, say),
+            chosen,
+            calibration.Goal(budget, kl_bound, (leading, strided), catch, false_alarms, repair),
+            model=found.fingerprint,
+            num_layers=found.config.text.num_layers,
+            data=data,
         )
         calibration.write_plan(out, contents)
     console.print(f"{out}: canary {contents['canary']}, {contents['provenance']}")

@@ -28,12 +28,25 @@ def test_eval_writes_figures_and_plots(tmp_path: Path) -> None:
     assert list(plots.glob("*.svg"))
 
 
-def test_calibrate_writes_a_plan_for_its_model_only(tmp_path: Path) -> None:
-    out = tmp_path / "plan.json"
-    done = CliRunner().invoke(app, ["calibrate", "tiny", "--device", "cpu", "--cases", "1", "--out", str(out)])
+def test_calibrate_writes_a_plan_for_its_model_only_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out, state = tmp_path / "plan.json", tmp_path / "plan.jsonl"
+    command = ["calibrate", "tiny", "--device", "cpu", "--cases", "1", "--repair", "0", "--out", str(out)]
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    model = json.loads(out.read_text())["model"]
-    plan = resolve_plan(f"file:{out}", model=model, num_layers=10)
+    contents = json.loads(out.read_text())
+    plan = resolve_plan(f"file:{out}", model=contents["model"], num_layers=10)
     assert plan.canary is not None
     with pytest.raises(VLCacheError, match="model"):
         resolve_plan(f"file:{out}", model="another", num_layers=10)
+    sensitivity = contents["provenance"]["sensitivity"]
+    assert len(sensitivity["kl_by_fresh_layer"]) == 10 and len(sensitivity["kl_by_fresh_band"]) == 8
+    assert sensitivity["kl_by_fresh_layer"][0] == pytest.approx(sensitivity["kl_none"], abs=1e-4)
+
+    lines = state.read_text().splitlines(keepends=True)
+    state.write_text("".join(lines[:-3]) + lines[-3][:20])  # stopped while it wrote
+    out.unlink()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert json.loads(out.read_text()) == contents
+    assert sorted(state.read_text().splitlines()) == sorted("".join(lines).splitlines())
+    other = CliRunner().invoke(app, [*command, "--dtype", "float32"])
+    assert other.exit_code == 1 and "another dtype" in " ".join(other.output.split())

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 from vlcache_dist import LLM, SamplingParams
 from vlcache_dist.config import EngineSettings
-from vlcache_dist.evaluate.cases import Case, Dialogue, Shown
+from vlcache_dist.errors import InvalidPlan
+from vlcache_dist.evaluate.cases import Case
 from vlcache_dist.evaluate.generated import generate
 from vlcache_dist.evaluate.policies import parse_policy
 from vlcache_dist.evaluate.report import Outcome
 from vlcache_dist.evaluate.run import evaluate
 from vlcache_dist.evaluate.trial import Trial
+from vlcache_dist.evaluate.ttft import openai_messages
 from vlcache_dist.evaluate.workbench import Workbench
 
 torch.set_num_threads(1)
@@ -33,15 +32,6 @@ def llm() -> LLM:
     return LLM("tiny", "cpu", "float32", engine=EngineSettings(store_bytes=32 << 20, kv_bytes=16 << 20))
 
 
-def messages(dialogue: Dialogue) -> list[dict[str, Any]]:
-    def part(x: str | Shown) -> dict[str, Any]:
-        if isinstance(x, str):
-            return {"type": "text", "text": x}
-        return {"type": "image_url", "image_url": {"url": "data:;base64," + base64.b64encode(x.data()).decode()}}
-
-    return [{"role": role, "content": [part(x) for x in parts]} for role, parts in dialogue.turns]
-
-
 def picked() -> list[Case]:
     cases = generate("tune", 1, seed=5)
     return [case for case in cases if case.format in ("other text before", "question first", "swapped labels")]
@@ -54,8 +44,8 @@ def test_same_distribution_and_answer(bench: Workbench, llm: LLM, plan: str) -> 
         llm.engine.pool.drop_contents()
         for donor in case.donors:
             assert donor is not None
-            llm.chat(messages(donor.dialogue), SAMPLING, plan="full")
-        out = llm.chat(messages(case.dialogue), SAMPLING, plan=plan)
+            llm.chat(openai_messages(donor.dialogue), SAMPLING, plan="full")
+        out = llm.chat(openai_messages(case.dialogue), SAMPLING, plan=plan)
         assert out.logprobs is not None
         trial = Trial(bench, [case])
         (outcome,) = list(evaluate(bench, [case], [parse_policy(plan)]))
@@ -145,3 +135,32 @@ def test_a_shift_moves_all_tokens_by_what_the_probes_gained() -> None:
     found = rows(evaluate(bench, cases, [parse_policy("none"), parse_policy("shift:3")]))
     none, shifted = (row["exact_match"] for row in found if row["format"] == "all")
     assert shifted >= none + 0.25
+
+
+def test_attention_is_what_the_last_token_pays(bench: Workbench) -> None:
+    """A distribution over the keys; where all is fresh, moving the picture's V by its attention moves the output so."""
+    (case,) = [c for c in generate("tune", 1, seed=5) if c.format == "question first"]
+    trial = Trial(bench, [case])
+    everything = np.ones((trial.num_layers, *trial.known.shape), bool)
+    paid = trial.attention(everything)
+    assert paid.shape == (trial.num_layers, 1, trial.known.shape[1])
+    assert (paid >= 0).all() and (paid.sum(-1) < 1).all() and paid.sum(-1).max() > 0.05
+    nothing = trial.attention(np.zeros_like(everything))
+    np.testing.assert_allclose(paid[0], nothing[0], atol=1e-5, err_msg="layer 0 sees the same K in any context")
+
+
+def test_few_tokens_chosen_by_attention_repair_a_changed_role(bench: Workbench) -> None:
+    cases = [case for case in generate("tune", 8, 3) if case.format == "swapped labels"]
+    names = ["none", "uniform:5", "attend:5@8+shift:1"]
+    found: dict[str, list[Outcome]] = {}
+    for outcome in evaluate(bench, cases, [parse_policy(name) for name in names]):
+        found.setdefault(outcome.policy, []).append(outcome)
+    kl = {name: float(np.mean([o.kl for o in found[name]])) for name in names}
+    assert kl["attend:5@8+shift:1"] < 0.1 * kl["uniform:5"], kl
+    assert np.mean([o.right for o in found["attend:5@8+shift:1"]]) > 0.5 + np.mean([o.right for o in found["none"]])
+    # 7 of 128 tokens in all layers, 2 shift probes in all layers, and those once more in layers 0 to 8
+    (share,) = {o.computed_share for o in found["attend:5@8+shift:1"]}
+    assert share == pytest.approx((10 * (7 + 2) + 9 * 2) / (10 * 128))
+    assert found["attend:5@8+shift:1"][0].flops > found["none"][0].flops
+    with pytest.raises(InvalidPlan, match="10 layers"):
+        list(evaluate(bench, cases[:1], [parse_policy("attend:5@10")]))

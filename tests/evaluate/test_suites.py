@@ -148,3 +148,42 @@ def test_charts_are_documents() -> None:
     assert root.tag.endswith("svg") and "one & two" in "".join(root.itertext())
     with pytest.raises(ValueError, match="nothing to draw"):
         chart("t", "x", "y", {"none": []})
+
+
+def test_parts_and_layers_that_a_study_looks_at() -> None:
+    assert fresh_tokens("band:1/8") == list(range(8, 16))
+    layer = parse_policy("layer:3").choose(view())
+    assert layer.fresh.sum(1).tolist() == [N if n == 3 else 0 for n in range(LAYERS)]
+    assert layer.computed == 4 * N, "the hidden states below are computed too"
+
+
+@pytest.mark.parametrize("spelling", ["attend:5", "attend:5@8+none", "band:8/8", "band:1", "attend:x@8", "layer:x"])
+def test_bad_study_policies(spelling: str) -> None:
+    with pytest.raises(InvalidPlan):
+        parse_policy(spelling)
+
+
+def test_tuning_and_reporting_share_no_picture_at_any_seed_they_use() -> None:
+    def pictures(suite: str, seed: int) -> set[Shown]:
+        cases = generate(suite, 4, seed)
+        shown = {p for case in cases for p in case.dialogue.pictures}
+        return shown | {p for case in cases for d in case.donors if d is not None for p in d.dialogue.pictures}
+
+    tuned = set().union(*(pictures("tune", seed) for seed in (0, 1, 10, 11, 12)))
+    for suite, seed in (("held-out", 1000), ("held-out", 1001), ("held-out", 1002), ("sizes", 1000)):
+        assert not tuned & pictures(suite, seed)
+
+
+def test_sizes_come_in_steps_of_a_cell() -> None:
+    sizes = {(p.rows, p.columns) for case in generate("sizes", 12) for p in case.dialogue.pictures}
+    assert any(rows % 4 for rows, _ in sizes) and len(sizes) > 12
+    picture = next(p for case in generate("sizes", 1) for p in case.dialogue.pictures)
+    assert picture.picture().image.size == (picture.columns * 28, picture.rows * 28)
+
+
+def test_questions_over_two_pictures_have_one_answer() -> None:
+    for case in by_format(generate("multi-hop", 8))["color across two pictures"]:
+        first, second = (picture.scene().sprites for picture in case.dialogue.pictures)
+        asked = str(case.dialogue.turns[-1][1][-1]).split("that is ")[1].split()[0]
+        (shape,) = [s.name for s in first if s.color_name == asked]
+        assert [s.color_name for s in second if s.name == shape] == list(case.answers)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vlcache_dist.errors import InvalidPlan
-from vlcache_dist.reuse.calibrate import budget_plans, choose_limit, least_error, roc
+from vlcache_dist.reuse.calibrate import budget_plans, choose_limit, least_error, limit_at, roc
 from vlcache_dist.reuse.canary import Canary
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.reuse.plan_file import parse_plan_file
@@ -121,3 +121,17 @@ def test_plans_of_a_budget_cost_it() -> None:
         assert sum(Plan.parse(spelling).counts(10_000, 10)) == pytest.approx(2000, rel=0.01)
     assert least_error({"none": 0.0105, "a": 0.01, "b": 0.5}) == "none"
     assert least_error({"none": 0.2, "a": 0.01, "b": 0.5}) == "a"
+
+
+def test_a_limit_at_a_stated_false_alarm_rate() -> None:
+    rng = np.random.default_rng(2)
+    harmful = np.arange(1000) < 300
+    values = np.stack(
+        [rng.uniform(0.1, 1, 1000), np.where(harmful, rng.normal(1, 0.2, 1000), rng.normal(0.5, 0.2, 1000))]
+    )
+    choice = limit_at(values, harmful, 0.05)
+    assert choice.layer == 1 and 0.03 < choice.false_alarms <= 0.05 and choice.caught > 0.7
+    assert limit_at(values, harmful, 0.0).false_alarms == 0
+    assert limit_at(values, harmful, 1.0).caught == 1
+    with pytest.raises(ValueError, match="both kinds"):
+        limit_at(values, np.ones(1000, bool), 0.05)

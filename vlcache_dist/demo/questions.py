@@ -50,7 +50,7 @@ def questions(pictures: Sequence[tuple[Path, Picture]]) -> list[Question]:
     fact, other = picture.facts[0], picture.facts[1]
     slot = others[1][1].facts[0]
     in_slot_two = f"In picture 2, {slot.question[0].lower()}{slot.question[1:]}"
-    prefix = f"Look at the picture.{_filler(240)}\n"
+    prefix = f"Look at the picture.{sentences(random.Random(0), 240)}\n"
     three = [others[0], others[1], others[2]]
     again = [others[3], others[1], others[4]]
     return [
@@ -89,9 +89,8 @@ def _labelled(pictures: Sequence[tuple[Path, Picture]], question: str) -> list[d
     return _user(*parts, _text(question))
 
 
-def _filler(words: int) -> str:
-    """Unrelated sentences; the same ones every time."""
-    rng = random.Random(0)
+def sentences(rng: random.Random, words: int) -> str:
+    """Unrelated sentences of so many words, each behind a space."""
     text = ""
     while words > 0:
         length = min(words, rng.randint(4, 10))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from vlcache_dist.demo.pictures import Picture, draw
+from vlcache_dist.demo.pictures import Picture, paint
 from vlcache_dist.demo.scenes import Kind, Scene, scene
+
+BATCH = 32  #: cases of a format that are run together
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Shown:
 
     def picture(self) -> Picture:
         """The drawn picture with its facts. Only for drawn ones."""
-        return _drawn(self.kind, self.seed, self.rows, self.columns)
+        return _drawn(self)
 
     def scene(self) -> Scene:
         """What the drawn picture shows, unpainted. Only for drawn ones."""
@@ -37,8 +39,9 @@ class Shown:
 
 
 @lru_cache(maxsize=64)
-def _drawn(kind: Kind, seed: int, rows: int, columns: int) -> Picture:
-    return draw(kind, seed, rows, columns)
+def _drawn(shown: Shown) -> Picture:
+    drawn = shown.scene()  # not ``draw``: it refuses sizes that the bundled model has not learnt
+    return Picture(shown.kind, paint(drawn), drawn.facts)
 
 
 Part = str | Shown
@@ -100,3 +103,10 @@ def by_format(cases: Sequence[Case]) -> dict[str, list[Case]]:
     for case in cases:
         groups.setdefault(case.format, []).append(case)
     return groups
+
+
+def batches(cases: Sequence[Case]) -> Iterator[tuple[str, int, Sequence[Case]]]:
+    """Format, number of its first case, cases: what is run together."""
+    for name, group in by_format(cases).items():
+        for start in range(0, len(group), BATCH):
+            yield name, start, group[start : start + BATCH]

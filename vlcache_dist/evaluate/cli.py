@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlcache_dist.config import ModelSettings
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.evaluate import report
 from vlcache_dist.evaluate.cases import Case
 from vlcache_dist.evaluate.donors import with_canonical_donors
 from vlcache_dist.evaluate.generated import SUITES, generate
-from vlcache_dist.evaluate.plots import chart
-from vlcache_dist.evaluate.policies import parse_policy
+from vlcache_dist.evaluate.journal import Journal
 from vlcache_dist.evaluate.public import read_folder
-from vlcache_dist.evaluate.run import evaluate
-from vlcache_dist.evaluate.workbench import Workbench
+from vlcache_dist.evaluate.run import outcome_units, read_outcomes
+from vlcache_dist.evaluate.workers import BenchSpec, run_units
+from vlcache_dist.model.weights import Checkpoint
 
 DEFAULT_POLICIES = "full,none,unrotated,uniform:5,random:5,last:5,blend:5,epic:5,mpic:4,pyramid:10-0,inverse:0-10"
 
@@ -47,30 +48,26 @@ def split_policies(text: str) -> list[str]:
     return spellings
 
 
+def checkpoint(spec: BenchSpec) -> Checkpoint:
+    """The model's, for its fingerprint and shape. Raises CheckpointError, UnsupportedModel, ConfigError."""
+    settings = ModelSettings.of(model=spec.model, device=spec.device, dtype=spec.dtype)
+    return Checkpoint.open(settings.model, settings.revision)
+
+
+def digest(cases: Sequence[Case]) -> str:
+    """Of what is asked, so that a journal is not mixed with another's."""
+    return hashlib.blake2b(repr(cases).encode(), digest_size=16).hexdigest()
+
+
 def run_eval(
-    bench: Workbench, cases: Sequence[Case], policies: Sequence[str], say: Callable[[str], None]
+    spec: BenchSpec,
+    cases: Sequence[Case],
+    policies: Sequence[str],
+    journal: Journal,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Rows of figures, per format and policy and over all. Raises InvalidPlan."""
-    parsed = [parse_policy(spelling) for spelling in policies]
-    outcomes = evaluate(bench, cases, parsed, lambda name, done, total: say(f"{name}: {done} of {total}"))
-    return report.rows(outcomes)
-
-
-def write_plots(rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """``accuracy.svg`` and ``kl.svg``: against the computed share, over all formats, one point per policy."""
-    folder.mkdir(parents=True, exist_ok=True)
-    everything = [row for row in rows if row["format"] == "all"]
-    for name, title, y_range in (
-        ("exact_match", "Exact match against computed share", (0.0, 1.0)),
-        ("kl", "KL of the first token against computed share", None),
-    ):
-        series = {row["policy"]: [(100 * row["computed_share"], row[name])] for row in everything}
-        drawing = chart(title, "% of vision token-layers computed", name, series, lines=False, y_range=y_range)
-        (folder / f"{'accuracy' if name == 'exact_match' else 'kl'}.svg").write_text(drawing)
-
-
-def write_json(path: Path, bench: Workbench, suite: str, rows: Sequence[dict[str, Any]], **more: Any) -> None:
-    """``{"model", "suite", "rows", ...}``."""
-    path.write_text(
-        json.dumps({"model": bench.fingerprint, "suite": suite, "rows": list(rows), **more}, indent=1) + "\n"
-    )
+    """Rows of figures, per format and policy and over all; what ``journal`` has is not done again. Raises InvalidPlan,
+    WorkerLost."""
+    run_units(spec, outcome_units(cases, policies, journal), journal, workers, progress)
+    return report.rows(read_outcomes(cases, policies, journal))

@@ -7,7 +7,7 @@ recompute sets that the engine has no use for, and it hands out what lies betwee
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,15 @@ class Shift:
     positions: torch.Tensor
 
 
+@dataclass(slots=True)
+class Attention:
+    """The attention that row ``rows[b]`` (int64 [B], of the rows that run) of each case pays to the cache's rows, mean
+    over heads. ``run`` appends fp32 [B, keys] per layer to ``layers``."""
+
+    rows: torch.Tensor
+    layers: list[torch.Tensor] = field(default_factory=list)
+
+
 class DenseModel:
     """``language`` in fp32 on CPU, or in any dtype on a GPU. Stateless."""
 
@@ -92,11 +101,13 @@ class DenseModel:
         fresh: torch.Tensor | None = None,
         capture: torch.Tensor | None = None,
         shifts: Sequence[Shift] = (),
+        attention: Attention | None = None,
     ) -> tuple[torch.Tensor, Captured | None]:
         """Rows x [B, R, C] at cache rows ``index`` int64 [B, R] (S for padding) through all layers; returns hidden
         states [B, R, C] before the last norm. ``fresh`` bool [layer, B, R]: whether the layer's K and V of the row
         replace what the cache has (None: always). ``capture`` int64 [B, M]: rows whose K and V are returned.
-        ``shifts``: corrections of cached tokens, applied to ``cache`` layer by layer before the layer attends."""
+        ``shifts``: corrections of cached tokens, applied to ``cache`` layer by layer before the layer attends.
+        ``attention``: is filled where given."""
         batch, rows = index.shape
         length, config = cache.length, self.config
         d, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
@@ -117,12 +128,16 @@ class DenseModel:
             where = index if fresh is None else torch.where(fresh[n], index, length)
             cache.k[n, each, where] = k
             cache.v[n, each, where] = v
-            attended = F.scaled_dot_product_attention(
+            queries, old_k, old_v = (
                 q.view(batch, rows, heads, d).transpose(1, 2),
                 cache.k[n, :, :keys].transpose(1, 2).repeat_interleave(heads // kv_heads, 1),
                 cache.v[n, :, :keys].transpose(1, 2).repeat_interleave(heads // kv_heads, 1),
-                attn_mask=mask,
             )
+            attended = F.scaled_dot_product_attention(queries, old_k, old_v, attn_mask=mask)
+            if attention is not None:
+                one = queries[each[:, 0], :, attention.rows, None].float() @ old_k.float().transpose(2, 3) / d**0.5
+                allowed = mask[each[:, 0], :, attention.rows, None]
+                attention.layers.append(one.masked_fill(~allowed, -torch.inf).softmax(-1).mean((1, 2)))
             x = x + F.linear(attended.transpose(1, 2).reshape(batch, rows, heads * d), layer.o)
             h = kernels.rms_norm(x.reshape(-1, x.shape[-1]), layer.post_norm, config.rms_norm_eps).view(x.shape)
             x = x + F.linear(kernels.silu_mul(F.linear(h, layer.gate_up).flatten(0, 1)), layer.down).view(x.shape)

@@ -1,7 +1,9 @@
 """Seeded suites for the bundled model: the same questions in contexts that other contexts' KV is reused in.
 
 ``tune`` is for studies and calibration, ``held-out`` is touched by neither: other formats as well as other pictures
-and other words. Every format can be answered by the bundled model when everything is computed.
+and other words. Every format of these can be answered by the bundled model when everything is computed. ``sizes``
+(sides in steps of 28 pixels) and ``multi-hop`` (two pictures, or text and picture, have to be joined) ask more than it
+has learnt; they are for models that can.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ import random
 from collections.abc import Callable
 
 from vlcache_dist.demo.pictures import Fact, Kind
-from vlcache_dist.demo.questions import WORDS
+from vlcache_dist.demo.questions import sentences
 from vlcache_dist.evaluate.cases import Case, Dialogue, Donor, Shown
 
+Built = tuple[Dialogue, str, tuple[Donor | None, ...]]  #: request, answer, donors
 _LOOK = "Look at the picture."
 
 
@@ -30,16 +33,11 @@ class _Draw:
         return self.picture(self.rng.choice(kinds), self.rng.choice([(8, 8), (8, 8), (8, 12), (12, 12)]))
 
     def fact(self, picture: Shown) -> Fact:
-        facts = [f for f in picture.picture().facts if not f.question.startswith("Read row")]
+        facts = [f for f in picture.scene().facts if not f.question.startswith("Read row")]
         return self.rng.choice(facts)
 
     def words(self, count: int) -> str:
-        text = ""
-        while count > 0:
-            length = min(count, self.rng.randint(4, 10))
-            text += "".join(f" {self.rng.choice(WORDS)}" for _ in range(length)) + "."
-            count -= length
-        return text
+        return sentences(self.rng, count)
 
     def system(self) -> str:
         return f"You are a{self.words(self.rng.randint(4, 16))}"
@@ -59,33 +57,33 @@ def _labelled(pictures: list[Shown], *after: str, before: str = "", system: str 
     return Dialogue.user(*parts, *after, system=system)
 
 
-def _other_text(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _other_text(d: _Draw) -> Built:
     picture = d.any_picture()
     fact = d.fact(picture)
     donor = Dialogue.user(f"{_LOOK}{d.words(d.rng.randint(40, 160))}\n", picture, d.fact(picture).question)
     return Dialogue.user(picture, fact.question), fact.answer, (Donor(donor, 0),)
 
 
-def _other_system(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _other_system(d: _Draw) -> Built:
     picture = d.any_picture()
     fact = d.fact(picture)
     return Dialogue.user(picture, fact.question, system=d.system()), fact.answer, (Donor(d.bare(picture), 0),)
 
 
-def _question_first(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _question_first(d: _Draw) -> Built:
     picture = d.picture()
     fact, other = d.fact(picture), d.fact(picture)
     donor = Dialogue.user(other.question + "\n", picture)
     return Dialogue.user(fact.question + "\n", picture), fact.answer, (Donor(donor, 0),)
 
 
-def _question_first_bare(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _question_first_bare(d: _Draw) -> Built:
     picture = d.picture()
     fact = d.fact(picture)
     return Dialogue.user(fact.question + "\n", picture), fact.answer, (Donor(d.bare(picture), 0),)
 
 
-def _long_prefix(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _long_prefix(d: _Draw) -> Built:
     picture = d.any_picture()
     fact = d.fact(picture)
     target = Dialogue.user(f"{_LOOK}{d.words(d.rng.randint(180, 240))}\n", picture, fact.question)
@@ -97,15 +95,15 @@ def _needle(d: _Draw, label: str, picture: Shown, words: int) -> Dialogue:
     return Dialogue.user(before, picture, "What is the value of the code word?")
 
 
-def _code_word(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _code_word(d: _Draw) -> Built:
     picture = d.picture()
-    facts = picture.picture().facts
+    facts = picture.scene().facts
     fact, other = d.rng.choice(facts), d.rng.choice(facts)
     donor = _needle(d, _label(other), picture, d.rng.randint(10, 60))
     return _needle(d, _label(fact), picture, d.rng.randint(10, 60)), fact.answer, (Donor(donor, 0),)
 
 
-def _code_word_bare(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _code_word_bare(d: _Draw) -> Built:
     picture = d.picture()
     fact = d.fact(picture)
     return _needle(d, _label(fact), picture, d.rng.randint(10, 60)), fact.answer, (Donor(d.bare(picture), 0),)
@@ -115,8 +113,8 @@ def _label(fact: Fact) -> str:
     return fact.question.removeprefix("What is the value of ").removesuffix("?")
 
 
-def _same_slot(asked: int, count: int) -> Callable[[_Draw], tuple[Dialogue, str, tuple[Donor | None, ...]]]:
-    def build(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _same_slot(asked: int, count: int) -> Callable[[_Draw], Built]:
+    def build(d: _Draw) -> Built:
         pictures = [d.picture() for _ in range(count)]
         fact = d.fact(pictures[asked])
         donors = []
@@ -129,16 +127,19 @@ def _same_slot(asked: int, count: int) -> Callable[[_Draw], tuple[Dialogue, str,
     return build
 
 
-def _swapped(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
-    pictures = [d.picture(), d.picture()]
+def _swapped(d: _Draw) -> Built:
+    return _swapped_pair(d, [d.picture(), d.picture()])
+
+
+def _swapped_pair(d: _Draw, pictures: list[Shown]) -> Built:
     asked = d.rng.randrange(2)
     fact = d.fact(pictures[asked])
     donor = _labelled(pictures[::-1], _in(1, d.fact(pictures[1]).question))
     return _labelled(pictures, _in(asked + 1, fact.question)), fact.answer, (Donor(donor, 1), Donor(donor, 0))
 
 
-def _alone_then_labelled(count: int) -> Callable[[_Draw], tuple[Dialogue, str, tuple[Donor | None, ...]]]:
-    def build(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _alone_then_labelled(count: int) -> Callable[[_Draw], Built]:
+    def build(d: _Draw) -> Built:
         pictures = [d.picture() for _ in range(count)]
         asked = d.rng.randrange(count)
         fact = d.fact(pictures[asked])
@@ -148,7 +149,7 @@ def _alone_then_labelled(count: int) -> Callable[[_Draw], tuple[Dialogue, str, t
     return build
 
 
-def _later_turn(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _later_turn(d: _Draw) -> Built:
     picture = d.any_picture()
     first, fact = d.fact(picture), d.fact(picture)
     turns = (
@@ -160,7 +161,7 @@ def _later_turn(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
     return Dialogue(turns), fact.answer, (Donor(d.bare(picture), 0),)
 
 
-def _second_picture_later(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _second_picture_later(d: _Draw) -> Built:
     old, new = d.picture(), d.picture()
     first, fact = d.fact(old), d.fact(new)
     turns = (
@@ -171,7 +172,7 @@ def _second_picture_later(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, 
     return Dialogue(turns), fact.answer, (Donor(d.bare(old), 0), Donor(d.bare(new), 0))
 
 
-def _window(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _window(d: _Draw) -> Built:
     shots = [d.picture() for _ in range(4)]
     asked = d.rng.randrange(3)
     fact = d.fact(shots[1 + asked])
@@ -180,7 +181,7 @@ def _window(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
     return target, fact.answer, (Donor(donor, 1), Donor(donor, 2), None)
 
 
-def _twice(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _twice(d: _Draw) -> Built:
     picture = d.picture()
     fact = d.fact(picture)
     donor = Donor(d.bare(picture), 0)
@@ -188,7 +189,7 @@ def _twice(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
     return _labelled([picture, picture], _in(asked, fact.question)), fact.answer, (donor, donor)
 
 
-def _pair_question_first(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, ...]]:
+def _pair_question_first(d: _Draw) -> Built:
     pictures = [d.picture(), d.picture()]
     asked = d.rng.randrange(2)
     fact = d.fact(pictures[asked])
@@ -197,7 +198,45 @@ def _pair_question_first(d: _Draw) -> tuple[Dialogue, str, tuple[Donor | None, .
     return target, fact.answer, (Donor(donor, 1), Donor(donor, 0))
 
 
-_TUNE = {
+def _any_size(d: _Draw) -> Shown:
+    return d.picture("form", (d.rng.randint(5, 12), d.rng.randint(5, 12)))
+
+
+def _any_size_other_text(d: _Draw) -> Built:
+    picture = _any_size(d)
+    fact = d.fact(picture)
+    donor = Dialogue.user(f"{_LOOK}{d.words(d.rng.randint(10, 60))}\n", picture, d.fact(picture).question)
+    return Dialogue.user(picture, fact.question), fact.answer, (Donor(donor, 0),)
+
+
+def _any_size_swapped(d: _Draw) -> Built:
+    return _swapped_pair(d, [_any_size(d), _any_size(d)])
+
+
+def _color_across(d: _Draw) -> Built:
+    while True:
+        pictures = [d.picture("shapes"), d.picture("shapes")]
+        first, second = (picture.scene().sprites for picture in pictures)
+        colors, shapes = [s.color_name for s in first], [s.name for s in second]
+        joined = [s for s in first if colors.count(s.color_name) == 1 and shapes.count(s.name) == 1]
+        if joined:
+            break
+    known = d.rng.choice(joined)
+    answer = next(s.color_name for s in second if s.name == known.name)
+    question = f"What color in picture 2 is the shape that is {known.color_name} in picture 1?"
+    return _labelled(pictures, question), answer, tuple(Donor(d.bare(picture), 0) for picture in pictures)
+
+
+def _text_names_picture(d: _Draw) -> Built:
+    pictures = [d.picture(), d.picture()]
+    asked = d.rng.randrange(2)
+    fact = d.fact(pictures[asked])
+    donor = _labelled(pictures, before=f"The picture to read is picture {2 - asked}.\n")
+    before, question = f"The picture to read is picture {asked + 1}.\n", fact.question
+    return _labelled(pictures, question, before=before), fact.answer, (Donor(donor, 0), Donor(donor, 1))
+
+
+_TUNE: dict[str, Callable[[_Draw], Built]] = {
     "other text before": _other_text,
     "question first": _question_first,
     "another code word": _code_word,
@@ -205,7 +244,7 @@ _TUNE = {
     "swapped labels": _swapped,
     "alone, then one of two": _alone_then_labelled(2),
 }
-_HELD_OUT = {
+_HELD_OUT: dict[str, Callable[[_Draw], Built]] = {
     "other system prompt": _other_system,
     "long prefix": _long_prefix,
     "question first, recorded after": _question_first_bare,
@@ -219,7 +258,20 @@ _HELD_OUT = {
     "second picture in a later turn": _second_picture_later,
     "question first, pictures swapped": _pair_question_first,
 }
-SUITES = {"tune": _TUNE, "held-out": _HELD_OUT}
+_SIZES: dict[str, Callable[[_Draw], Built]] = {
+    "any size, other text before": _any_size_other_text,
+    "any size, swapped labels": _any_size_swapped,
+}
+_MULTI_HOP: dict[str, Callable[[_Draw], Built]] = {
+    "color across two pictures": _color_across,
+    "text names the picture": _text_names_picture,
+}
+SUITES = {
+    "tune": _TUNE,
+    "held-out": _HELD_OUT,
+    "sizes": _SIZES,
+    "multi-hop": _MULTI_HOP,
+}
 
 
 def generate(suite: str, cases_per_format: int, seed: int = 0) -> list[Case]:

@@ -17,6 +17,12 @@ spelling       what is fresh; source
 ``mpic:K``     the first K tokens of every picture whatever its size (after MPIC, arXiv 2502.01960)
 ``shift:K``      K strided tokens are fresh in every layer, and what their K and V gained on average over the cached
                ones is added to all others of the picture (this project's: a change of role moves all tokens alike)
+``attend:P@L``   P % of all reused vision tokens: those to which the prompt's last token pays the most attention in
+                 layer L of a first pass in which all is reused; a second pass computes them (this project's: which
+                 tokens must be right depends on the question). ``+shift:K`` behind it: both passes shift as well
+``layer:N``      K and V of layer N alone, of all tokens: not a plan (their hidden states cost all layers below, which
+                 is counted), but it shows where a model is sensitive
+``band:I/N``     part I (from 0) of N equal parts, in all layers: which tokens matter
 ``inverse:A-B``  few tokens in low layers, more in high ones; all hidden states are computed, which is counted (a
                cache of hidden states would save that)
 ``X+canary:..``  plan X with probe tokens; a picture whose probes deviate, and all behind it, is computed in full
@@ -29,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -60,14 +66,23 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Attend:
+    """``percent`` of a case's reused vision tokens are chosen by the attention paid to them in ``layer``."""
+
+    percent: float
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
-    """``choose`` is called once per reused picture of a case."""
+    """``choose`` is called once per reused picture of a case; tokens of ``attend`` come on top."""
 
     name: str
     choose: Callable[[SpanView], Choice]
     rotated: bool = True
     shifted: bool = False
     canary: Canary | None = None
+    attend: Attend | None = None
 
 
 def parse_policy(spelling: str) -> Policy:
@@ -83,6 +98,12 @@ def parse_policy(spelling: str) -> Policy:
     if form == "shift":
         count = int(_number(rest, spelling))
         return Policy(spelling, _tokens(lambda view: probe_tokens(view.num_tokens, 0, count)), shifted=True)
+    if form == "layer":
+        return Policy(spelling, _one_layer(int(_number(rest, spelling)), spelling))
+    if form == "band":
+        return Policy(spelling, _band(rest, spelling))
+    if form == "attend":
+        return _attending(spelling, rest)
     if form == "inverse":
         low, dash, high = rest.partition("-")
         if not dash:
@@ -90,6 +111,36 @@ def parse_policy(spelling: str) -> Policy:
         return Policy(spelling, _inverse(_number(low, spelling), _number(high, spelling)))
     plan = Plan.parse(spelling)
     return Policy(spelling, _by_plan(plan), canary=plan.canary)
+
+
+def _attending(spelling: str, rest: str) -> Policy:
+    chosen, plus, first = rest.partition("+")
+    percent, at, layer = chosen.partition("@")
+    if not at or (plus and not first.startswith("shift:")):
+        raise InvalidPlan(f"policy {spelling!r}: expected attend:PERCENT@LAYER or attend:PERCENT@LAYER+shift:COUNT")
+    attend = Attend(_number(percent, spelling), int(_number(layer, spelling)))
+    if plus:
+        return replace(parse_policy(first), name=spelling, attend=attend)
+    return Policy(spelling, _tokens(lambda view: np.arange(0)), attend=attend)
+
+
+def _one_layer(layer: int, spelling: str) -> Callable[[SpanView], Choice]:
+    def choose(view: SpanView) -> Choice:
+        if layer >= view.num_layers:
+            raise InvalidPlan(f"policy {spelling!r}: the model has {view.num_layers} layers")
+        fresh = np.zeros((view.num_layers, view.num_tokens), bool)
+        fresh[layer] = True
+        return Choice(fresh, view.num_tokens * (layer + 1))
+
+    return choose
+
+
+def _band(text: str, spelling: str) -> Callable[[SpanView], Choice]:
+    number, slash, count = text.partition("/")
+    if not slash or int(_number(number, spelling)) >= int(_number(count, spelling)):
+        raise InvalidPlan(f"policy {spelling!r}: expected band:PART/PARTS, parts counted from 0")
+    part, parts = int(_number(number, spelling)), int(_number(count, spelling))
+    return _tokens(lambda view: np.arange(part * view.num_tokens // parts, (part + 1) * view.num_tokens // parts))
 
 
 def _number(text: str, spelling: str) -> float:

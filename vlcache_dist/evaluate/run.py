@@ -2,33 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from vlcache_dist.evaluate.cases import Case, by_format
-from vlcache_dist.evaluate.policies import Policy, SpanView
+from vlcache_dist.errors import InvalidPlan
+from vlcache_dist.evaluate.cases import Case, batches
+from vlcache_dist.evaluate.journal import Journal
+from vlcache_dist.evaluate.policies import Attend, Policy, SpanView, parse_policy
 from vlcache_dist.evaluate.report import Outcome, edit_distance, pass_flops
 from vlcache_dist.evaluate.scoring import is_right, kl_divergence
-from vlcache_dist.evaluate.study import BATCH
 from vlcache_dist.evaluate.trial import Answers, Trial
 from vlcache_dist.evaluate.workbench import Workbench
+from vlcache_dist.evaluate.workers import Unit
 
 
-def evaluate(
-    bench: Workbench,
-    cases: Sequence[Case],
-    policies: Sequence[Policy],
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
-) -> Iterator[Outcome]:
+def evaluate(bench: Workbench, cases: Sequence[Case], policies: Sequence[Policy]) -> Iterator[Outcome]:
     """Outcomes case by case. Raises InvalidPlan for a policy that does not fit the model."""
-    for name, group in by_format(cases).items():
-        for start in range(0, len(group), BATCH):
-            trial = Trial(bench, group[start : start + BATCH])
-            for policy in policies:
-                yield from _outcomes(trial, policy, seed=start)
-            bench.forget()
-            progress(name, min(start + BATCH, len(group)), len(group))
+    for _, start, batch in batches(cases):
+        trial = Trial(bench, batch)
+        bench.forget()
+        for policy in policies:
+            yield from _outcomes(trial, policy, seed=start)
+
+
+def outcome_units(cases: Sequence[Case], policies: Sequence[str], journal: Journal) -> list[Unit]:
+    """A unit per batch, for those policies of which ``journal`` lacks the batch. Raises InvalidPlan."""
+    for spelling in policies:
+        parse_policy(spelling)
+    units = []
+    for name, start, batch in batches(cases):
+        keys = {spelling: _key(name, start, batch, spelling) for spelling in policies}
+        missing = {spelling: key for spelling, key in keys.items() if key not in journal} or keys
+        units.append(Unit(tuple(missing.values()), partial(_measure, batch, start, missing)))
+    return units
+
+
+def read_outcomes(cases: Sequence[Case], policies: Sequence[str], journal: Journal) -> Iterator[Outcome]:
+    """What ``outcome_units`` left in the journal, batch by batch and policy by policy."""
+    for name, start, batch in batches(cases):
+        for spelling in policies:
+            for value in journal[_key(name, start, batch, spelling)]:
+                yield Outcome(**value)
+
+
+def _key(name: str, start: int, batch: Sequence[Case], spelling: str) -> str:
+    return f"{name} {start}-{start + len(batch)} {spelling}"
+
+
+def _measure(batch: Sequence[Case], start: int, keys: dict[str, str], bench: Workbench) -> dict[str, Any]:
+    trial = Trial(bench, batch)
+    bench.forget()
+    return {
+        key: [asdict(outcome) for outcome in _outcomes(trial, parse_policy(spelling), seed=start)]
+        for spelling, key in keys.items()
+    }
 
 
 def _outcomes(trial: Trial, policy: Policy, seed: int) -> Iterator[Outcome]:
@@ -48,6 +80,8 @@ def _outcomes(trial: Trial, policy: Policy, seed: int) -> Iterator[Outcome]:
             computed[b] += choice.computed
             if policy.canary is not None:
                 probes[b, here.start + policy.canary.probes(span.length)] = True
+    if policy.attend is not None:
+        computed += _attended(trial, policy, policy.attend, fresh)
     watched = probes if policy.canary is not None else None
     answers, seen = trial.reuse(fresh, rotated=policy.rotated, probes=watched, shifted=policy.shifted)
     escalated = np.zeros(len(trial.cases), bool)
@@ -62,6 +96,23 @@ def _outcomes(trial: Trial, policy: Policy, seed: int) -> Iterator[Outcome]:
                 computed[b] += trial.num_layers * _reused(trial, b, first)
         answers = _replaced(trial, answers, fresh, np.flatnonzero(escalated).tolist())
     yield from _judged(trial, policy, answers, computed, escalated)
+
+
+def _attended(trial: Trial, policy: Policy, attend: Attend, fresh: np.ndarray) -> np.ndarray:
+    """Adds the tokens that are attended to most to ``fresh``; token-layers that it costs, int64 [B]: theirs, and those
+    that were fresh in the first pass once more up to the layer that chooses."""
+    if attend.layer >= trial.num_layers:
+        raise InvalidPlan(f"policy {policy.name!r}: the model has {trial.num_layers} layers")
+    first = (fresh & trial.known)[: attend.layer + 1].sum((0, 2))
+    paid = trial.attention(fresh, shifted=policy.shifted)[attend.layer]
+    extra = np.zeros(len(trial.cases), np.int64)
+    for b in range(len(trial.cases)):
+        candidates = np.flatnonzero(trial.known[b] & ~fresh[:, b].any(0))
+        count = min(len(candidates), math.ceil(_reused(trial, b) * attend.percent / 100 - 1e-9))
+        chosen = candidates[np.argsort(-paid[b, candidates], kind="stable")[:count]]
+        fresh[:, b, chosen] = True
+        extra[b] = trial.num_layers * count + first[b]
+    return extra
 
 
 def _first_alarm(trial: Trial, policy: Policy, ratios: np.ndarray, probes: np.ndarray, b: int) -> int | None:
@@ -100,7 +151,8 @@ def _judged(
         tokens, reused = trial.tokens[b], _reused(trial, b)
         behind = len(tokens.ids) - tokens.spans[0].start
         passes = 2 if escalated[b] else 1
-        token_layers = passes * layers * (behind - reused) + int(computed[b])
+        text_layers = passes * layers + (policy.attend.layer + 1 if policy.attend is not None else 0)
+        token_layers = text_layers * (behind - reused) + int(computed[b])
         text, full_text = bench.text(answers.token_ids[b]), bench.text(trial.full.token_ids[b])
         ended = [_until_end(bench, ids) for ids in (answers.token_ids[b], trial.full.token_ids[b])]
         yield Outcome(

@@ -6,32 +6,37 @@ harmful, and the deviation of the probes' fresh K and V from the cached ones in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from vlcache_dist.evaluate.cases import Case, by_format
+from vlcache_dist.evaluate.cases import Case, batches
+from vlcache_dist.evaluate.journal import Journal
 from vlcache_dist.evaluate.scoring import is_right, kl_divergence
 from vlcache_dist.evaluate.trial import Trial
 from vlcache_dist.evaluate.workbench import Workbench
+from vlcache_dist.evaluate.workers import Unit
 from vlcache_dist.reuse.probes import probe_tokens
 
 HARMFUL_KL = 0.1
-BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
     """One case under one probe set. ``ratios`` [span, 2 (K, V), layer, probe]: |fresh - cached| / |cached| of each
     probe token (NaN where a span has fewer); only reused spans are listed. ``full_ratios``: the same against a full
-    run's K and V, over all tokens of the span, pooled: [span, 2, layer]."""
+    run's K and V, over all tokens of the span, pooled: [span, 2, layer]. ``entropy``: of the first token after reuse,
+    nats."""
 
     format: str
     full_right: bool
     reuse_right: bool
     kl: float
     agrees: bool
+    entropy: float
     ratios: np.ndarray
     full_ratios: np.ndarray
 
@@ -40,22 +45,45 @@ class Sighting:
         return self.kl > HARMFUL_KL or (self.full_right and not self.reuse_right)
 
 
-def sight(
-    bench: Workbench,
-    cases: Sequence[Case],
-    probe_sets: Sequence[tuple[int, int]],
-    progress: Callable[[str], None] = lambda text: None,
-) -> dict[tuple[int, int], list[Sighting]]:
-    """Measure all cases with each (leading, strided) probe set."""
-    found: dict[tuple[int, int], list[Sighting]] = {probes: [] for probes in probe_sets}
-    for name, group in by_format(cases).items():
-        for start in range(0, len(group), BATCH):
-            trial = Trial(bench, group[start : start + BATCH])
-            for leading, strided in probe_sets:
-                found[leading, strided] += _sightings(trial, leading, strided)
-            bench.forget()
-            progress(f"{name}: {min(start + BATCH, len(group))}/{len(group)}")
+def sighting_units(cases: Sequence[Case], probe_sets: Sequence[tuple[int, int]], journal: Journal) -> list[Unit]:
+    """A unit per batch, for those (leading, strided) probe sets that ``journal`` lacks."""
+    units = []
+    for name, start, batch in batches(cases):
+        keys = {probes: _key(name, start, batch, probes) for probes in probe_sets}
+        missing = {probes: key for probes, key in keys.items() if key not in journal} or keys
+        units.append(Unit(tuple(missing.values()), partial(_measure, batch, missing)))
+    return units
+
+
+def read_sightings(cases: Sequence[Case], probes: tuple[int, int], journal: Journal) -> list[Sighting]:
+    """What ``sighting_units`` left in the journal, in the order of the cases of each format."""
+    found: list[Sighting] = []
+    for name, start, batch in batches(cases):
+        for value in journal[_key(name, start, batch, probes)]:
+            arrays = {field: np.array(value[field], np.float32) for field in ("ratios", "full_ratios")}
+            found.append(Sighting(**(value | arrays)))
     return found
+
+
+def _key(name: str, start: int, batch: Sequence[Case], probes: tuple[int, int]) -> str:
+    return f"{name} {start}-{start + len(batch)} probes {probes[0]},{probes[1]}"
+
+
+def _measure(batch: Sequence[Case], keys: dict[tuple[int, int], str], bench: Workbench) -> dict[str, Any]:
+    trial = Trial(bench, batch)
+    bench.forget()
+    return {key: [_json(s) for s in _sightings(trial, *probes)] for probes, key in keys.items()}
+
+
+def _json(sighting: Sighting) -> dict[str, Any]:
+    arrays = {field: np.round(getattr(sighting, field), 6).tolist() for field in ("ratios", "full_ratios")}
+    return asdict(sighting) | arrays
+
+
+def statistics(sightings: Sequence[Sighting]) -> tuple[np.ndarray, np.ndarray]:
+    """The canary's statistic fp32 [layer, case], and bool [case]: was the reuse harmful."""
+    values = np.stack([np.nanmax(s.ratios[:, 1], axis=(0, 2)) for s in sightings], 1)
+    return values, np.array([s.harmful for s in sightings])
 
 
 def _sightings(trial: Trial, leading: int, strided: int) -> list[Sighting]:
@@ -91,6 +119,7 @@ def _sightings(trial: Trial, leading: int, strided: int) -> list[Sighting]:
                 is_right(text, case.answers, case.metric),
                 float(kl[b]),
                 int(trial.full.logprobs[b].argmax()) == int(answers.logprobs[b].argmax()),
+                float(-(answers.logprobs[b].exp() * answers.logprobs[b]).sum()),
                 np.stack(ratios),
                 np.array(full_ratios, np.float32),
             )

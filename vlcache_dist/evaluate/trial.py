@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vlcache_dist.evaluate.cases import Case, Donor
-from vlcache_dist.evaluate.dense import Captured, DenseCache, Shift
+from vlcache_dist.evaluate.dense import Attention, Captured, DenseCache, Shift
 from vlcache_dist.evaluate.workbench import Tokens, Workbench
 
 
@@ -30,6 +30,22 @@ class Deviation:
     dv: np.ndarray
     k: np.ndarray
     v: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Arguments of ``DenseModel.run`` for the active rows of some cases; ``columns[i]``: the vision column of each row,
+    -1 for text; ``last`` int64 [B]: each case's last row."""
+
+    x: torch.Tensor
+    index: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    cache: DenseCache
+    kept: Captured
+    shifts: Sequence[Shift]
+    columns: Sequence[np.ndarray]
+    last: torch.Tensor
 
 
 class Trial:
@@ -56,6 +72,7 @@ class Trial:
         for b, t in enumerate(self.tokens):
             for span, here in zip(t.spans, self.columns[b], strict=True):
                 where[b, here] = np.arange(span.start, span.end)
+        self._there = where < self._rows
         self._vision = torch.from_numpy(where).to(bench.device)  # cache rows of vision tokens
         gather = self._vision.clamp(max=self._length - 1)
         hidden, fresh = dense.run(self._x, index, self._positions, self._cache, capture=gather)
@@ -95,6 +112,33 @@ class Trial:
         layer (``dense.Shift``)."""
         dense, device = self.bench.dense, self.bench.device
         picked = list(range(len(self.cases)) if only is None else only)
+        run = self._prepared(picked, fresh, rotated, shifted)
+        widest = run.index.shape[1]
+        capture = None if probes is None else torch.arange(widest, device=device).expand((len(picked), -1))
+        hidden, seen = dense.run(run.x, run.index, run.positions, run.cache, run.mask, capture, run.shifts)
+        answers = self._answer(hidden[torch.arange(len(picked)), run.last], run.cache, picked)
+        if probes is None or seen is None:
+            return answers, None
+        back = torch.zeros(len(picked), self.known.shape[1], dtype=torch.long)  # type: ignore[misc]
+        for i, c in enumerate(run.columns):
+            back[i, c[c >= 0]] = torch.from_numpy(np.flatnonzero(c >= 0))
+        each = torch.arange(len(picked))[:, None]
+        dev = _deviation(Captured(seen.k[:, each, back], seen.v[:, each, back]), run.kept)
+        wanted = probes[picked] & self.known[picked]
+        return answers, Deviation(*(np.where(wanted, part, 0.0) for part in (dev.dk, dev.dv, dev.k, dev.v)))
+
+    def attention(self, fresh: np.ndarray, *, shifted: bool = False) -> np.ndarray:
+        """What the prompt's last token pays to each vision token, mean over heads, with reuse as in ``reuse``: fp32
+        [layer, B, M], 0 where there is none."""
+        run = self._prepared(list(range(len(self.cases))), fresh, True, shifted)
+        seen = Attention(run.last.to(self.bench.device))
+        self.bench.dense.run(run.x, run.index, run.positions, run.cache, run.mask, None, run.shifts, seen)
+        paid = torch.stack(seen.layers)
+        at = self._vision.clamp(max=paid.shape[-1] - 1)[None].expand(len(paid), -1, -1)
+        return np.where(self._there, paid.gather(2, at).cpu().numpy(), 0.0)
+
+    def _prepared(self, picked: Sequence[int], fresh: np.ndarray, rotated: bool, shifted: bool) -> _Run:
+        dense, device = self.bench.dense, self.bench.device
         chosen = torch.tensor(picked, device=device)
         fresh = fresh | ~self.known
         cache = DenseCache(self._cache.k[:, chosen], self._cache.v[:, chosen])
@@ -123,23 +167,17 @@ class Trial:
             mask[:, i, : len(r)] = np.where(c >= 0, fresh[:, b, c.clip(0)], True)
         at = torch.from_numpy(row).to(device)
         inside = at.clamp(max=self._length - 1)
-        x = self._x[chosen].gather(1, inside[..., None].expand(-1, -1, self._x.shape[-1]))
-        positions = self._positions[:, chosen].gather(2, inside[None].expand(3, -1, -1))
-        capture = None if probes is None else torch.arange(widest, device=device).expand((len(picked), -1))
-        shifts = self._shifts(picked, fresh, rows) if shifted else ()
-        hidden, seen = dense.run(x, at, positions, cache, torch.from_numpy(mask).to(device), capture, shifts)
-        answers = self._answer(
-            hidden[torch.arange(len(picked)), torch.tensor([len(r) - 1 for r in rows])], cache, picked
+        return _Run(
+            x=self._x[chosen].gather(1, inside[..., None].expand(-1, -1, self._x.shape[-1])),
+            index=at,
+            positions=self._positions[:, chosen].gather(2, inside[None].expand(3, -1, -1)),
+            mask=torch.from_numpy(mask).to(device),
+            cache=cache,
+            kept=kept,
+            shifts=self._shifts(picked, fresh, rows) if shifted else (),
+            columns=columns,
+            last=torch.tensor([len(r) - 1 for r in rows]),
         )
-        if probes is None or seen is None:
-            return answers, None
-        back = torch.zeros(len(picked), self.known.shape[1], dtype=torch.long)  # type: ignore[misc]
-        for i, c in enumerate(columns):
-            back[i, c[c >= 0]] = torch.from_numpy(np.flatnonzero(c >= 0))
-        each = torch.arange(len(picked))[:, None]
-        dev = _deviation(Captured(seen.k[:, each, back], seen.v[:, each, back]), kept)
-        wanted = probes[picked] & self.known[picked]
-        return answers, Deviation(*(np.where(wanted, part, 0.0) for part in (dev.dk, dev.dv, dev.k, dev.v)))
 
     def _shifts(self, picked: Sequence[int], fresh: np.ndarray, rows: Sequence[np.ndarray]) -> list[Shift]:
         shifts = []

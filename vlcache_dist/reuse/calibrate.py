@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations, groupby
 
 import numpy as np
 
@@ -65,16 +66,36 @@ def roc(statistic: np.ndarray, harmful: np.ndarray) -> tuple[list[tuple[float, f
     return points, area
 
 
+def limit_at(statistics: np.ndarray, harmful: np.ndarray, false_alarms: float) -> LimitChoice:
+    """The layer and limit of a canary at a stated false-alarm rate: per layer the lowest limit that at most this share
+    of the harmless cases exceed; of the layers the one that catches most, then the one with the highest area under the
+    ROC. Arguments and ValueError as ``choose_limit``."""
+    if not harmful.any() or harmful.all():
+        raise ValueError(f"{int(harmful.sum())} of {len(harmful)} cases are harmful: both kinds are needed")
+    found = []
+    for layer, values in enumerate(np.maximum(statistics, 1e-9)):
+        good = np.sort(values[~harmful])[::-1]
+        limit = round(float(good[min(int(np.floor(false_alarms * len(good) + 1e-9)), len(good) - 1)]) + 1e-6, 6)
+        caught, alarms = (float((values[kind] > limit).mean()) for kind in (harmful, ~harmful))
+        found.append((caught, roc(values, harmful)[1], LimitChoice(layer, limit, caught, alarms)))
+    return max(found, key=lambda item: item[:2])[2]
+
+
 def budget_plans(num_layers: int, budget: float) -> list[str]:
-    """Spellings of plans that cost ``budget`` percent of a span's token-layers: the same in all layers, then spent on
-    ever fewer first layers; and ``none``."""
+    """Spellings of plans that cost ``budget`` percent of a span's token-layers: ``none``; spent on the first quarter,
+    half, three quarters, or all of the layers; and half and half on any two of these."""
+    depths = sorted({max(1, round(num_layers * share)) for share in (0.25, 0.5, 0.75, 1.0)}, reverse=True)
+    spent = [{depth: 1.0} for depth in depths]
+    spent += [{a: 0.5, b: 0.5} for a, b in combinations(depths, 2)]
     plans = ["none"]
-    for share in (1.0, 0.5, 0.25):
-        layers = max(1, round(num_layers * share))
-        percent = min(100.0, budget * num_layers / layers)
-        spelled = [f"{percent:.6g}*{layers}", *([f"0*{num_layers - layers}"] if layers < num_layers else [])]
-        plans.append("percents:" + ",".join(spelled))
-    return plans
+    for shares in spent:
+        percents = [
+            min(100.0, sum(budget * share * num_layers / depth for depth, share in shares.items() if layer < depth))
+            for layer in range(num_layers)
+        ]
+        groups = ((value, len(list(group))) for value, group in groupby(percents))
+        plans.append("percents:" + ",".join(f"{value:.6g}*{count}" for value, count in groups))
+    return list(dict.fromkeys(plans))
 
 
 def least_error(kl: Mapping[str, float], tolerance: float = 1e-3) -> str:
