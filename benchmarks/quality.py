@@ -120,7 +120,7 @@ def detectors(run: Run) -> None:
 def more_suites(run: Run) -> None:
     rows = []
     for suite in ("sizes", "multi-hop"):
-        cases = generate(suite, run.cases(64), HELD_OUT_SEED)
+        cases = generate(suite, run.cases(32), HELD_OUT_SEED)
         found = run.rows(suite, cases, ["none", "uniform:5", *run.repair(), CANARY])
         rows += [{"suite": suite, **row} for row in found]
     run.save(more_suites=rows)
@@ -128,10 +128,10 @@ def more_suites(run: Run) -> None:
 
 def shares(run: Run) -> None:
     """First, last, random tokens at growing shares, where a picture changes its role: do early tokens matter most?"""
-    names = [f"{choice}:{share}" for choice in ("uniform", "last", "random", "blend") for share in (5, 10, 20, 50)]
+    names = [f"{choice}:{share}" for choice in ("uniform", "last", "random") for share in (5, 20, 50)]
     rows = []
     for seed in (TUNE_SEED + 10, TUNE_SEED + 11, TUNE_SEED + 12):
-        cases = [c for c in generate("tune", run.cases(32), seed) if c.format in ROLE_CHANGES]
+        cases = [c for c in generate("tune", run.cases(16), seed) if c.format in ROLE_CHANGES]
         for row in run.rows(f"shares-{seed}", cases, [*names, *run.repair()]):
             rows.append({"seed": seed, "choice": row["policy"].partition(":")[0], **row})
     run.save(shares=rows)
@@ -146,7 +146,7 @@ def positions(run: Run) -> None:
 
 def ttft(run: Run) -> None:
     wanted = ("long prefix", "swapped labels", "sliding window")
-    many = [*generate("tune", run.cases(8), TUNE_SEED), *generate("held-out", run.cases(8), HELD_OUT_SEED)]
+    many = [*generate("tune", run.cases(4), TUNE_SEED), *generate("held-out", run.cases(4), HELD_OUT_SEED)]
     cases = [case for case in many if case.format in wanted]
     plans = ["none", "uniform:5", "uniform:20", "pyramid:10-0", "none+canary:0,3,5<1000", CANARY]
     run.save(ttft=time_to_first_token(run.spec, cases, plans, lambda done, total: run.say("ttft", done, total)))

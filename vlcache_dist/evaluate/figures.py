@@ -104,7 +104,7 @@ def _shares(figures: Mapping[str, Any]) -> str | None:
     for row in rows:
         series.setdefault(row["choice"], []).append((100 * row["computed_share"], row["kl"]))
     title = "KL against share, formats in which the picture's role changes"
-    return chart(title, "% of vision token-layers computed", "KL, nats", series) if series else None
+    return chart(title, "% of vision token-layers computed", "KL, nats", series, lines=False) if series else None
 
 
 _PLOTS = {
