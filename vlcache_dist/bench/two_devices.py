@@ -42,7 +42,11 @@ def two_nodes(device: str) -> Iterator[str]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    found = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    found: dict[str, Any] = {
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
     found |= {name: version(name) for name in ("torch", "transformers", "ray")}
     if device == "cuda":
         ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
