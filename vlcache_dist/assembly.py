@@ -89,7 +89,12 @@ def make_node(settings: Settings, site: Site, role: Role, model: Model, transpor
         arena=arena,
         store=store,
         make_transport=lambda worker_id: transport(worker_id, arena.tensor, shown),
-        limits=FetchLimits(lease_s=settings.serve.lease_s, transfer_s=settings.serve.transfer_timeout_s),
+        limits=FetchLimits(
+            lease_s=settings.serve.lease_s,
+            transfer_s=settings.serve.transfer_timeout_s,
+            floor=None if settings.serve.link_floor_gbps is None else settings.serve.link_floor_gbps * 1e9,
+            refuse_slow=settings.serve.refuse_slow_links,
+        ),
     )
 
 

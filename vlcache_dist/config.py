@@ -174,6 +174,14 @@ class ServeSettings(_Section):
     transfer_timeout_s: float = Field(
         default=5.0, gt=0, description="local deadline of one READ; must be below `lease_s`"
     )
+    link_floor_gbps: float | None = Field(
+        default=None,
+        gt=0,
+        description="GB/s below which a pair of workers is slow; none: 5 between GPUs of one host, else 0.05",
+    )
+    refuse_slow_links: bool = Field(
+        default=False, description="compute an image anew rather than fetch it over a pair below the floor"
+    )
 
     @model_validator(mode="after")
     def _deadlines(self) -> Self:

@@ -212,7 +212,10 @@ class Node(FrontNode):
             self._load(),
             store_bytes_used=(stats.total - stats.free) * itemsize,
             store_bytes_total=stats.total * itemsize,
-            read_bytes_per_s={peer: link.bytes_per_s if link else 0.0 for peer, link in self._links.items()},
+            read_bytes_per_s={
+                peer: 0.0 if link is None or self._fetcher.refuses(peer) else link.bytes_per_s
+                for peer, link in self._links.items()
+            },
         )
 
     # -- objects here -------------------------------------------------------------------------------------------
@@ -385,11 +388,12 @@ class Node(FrontNode):
         if link is not None and link.slow:
             log.warning(
                 "%s READS FROM %s AT %.3f GB/s ONLY, below the floor of %.3f: images are computed anew rather than "
-                "fetched from there where that is faster. Check UCX_TLS, the network, GPU peer access",
+                "fetched from there%s. Check UCX_TLS, the network, GPU peer access",
                 self.worker_id,
                 worker_id,
                 link.bytes_per_s / 1e9,
                 link.floor / 1e9,
+                "" if self._fetcher.refuses(worker_id) else " where that is faster",
             )
         if worker_id in self._meet_at:
             self._links[worker_id] = link
@@ -418,7 +422,10 @@ class Node(FrontNode):
                 "reads": self._fetcher.reads,
                 "bytes_read": self._fetcher.bytes_read,
                 "failures": dict(self._fetcher.failures),
-                "links": {peer: _link_report(link) for peer, link in self._links.items()},
+                "links": {
+                    peer: _link_report(link) | {"refused": self._fetcher.refuses(peer)}
+                    for peer, link in self._links.items()
+                },
             },
             **own,
         }

@@ -180,6 +180,53 @@ async def test_those_who_wait_are_woken_when_the_producer_gives_up_or_dies(shard
         assert (await b.directory.claim(KV, key(number), 60.0)).granted
 
 
+def claims(shards: Shards) -> dict[Any, Any]:
+    return {name: claim for server in shards.servers for name, claim in server.state._claims.items()}
+
+
+async def test_a_slow_producer_keeps_its_claim(shards: Shards, join: Any) -> None:
+    a, b = await join("a"), await join("b")
+    assert (await a.directory.claim(KV, key(1), 1.0)).granted
+    until_then = claims(shards)[KV, key(1)].until
+    await until(lambda: (KV, key(1)) in claims(shards) and claims(shards)[KV, key(1)].until > until_then + 1.0)
+    assert (await b.directory.claim(KV, key(1), 1.0)).producer == "a#1"
+    a.directory.unclaim(KV, key(1))
+    await until(lambda: not claims(shards))
+    await asyncio.sleep(0.8)  # longer than until a renewal was due
+    assert not claims(shards)
+
+
+async def test_a_restarted_shard_hears_of_claims_again(shards: Shards, join: Any) -> None:
+    a = await join("a")
+    for number in MANY:
+        assert (await a.directory.claim(KV, key(number), 60.0)).granted
+    for number in (0, 1):
+        await shards.kill(number)
+        await shards.restart(number, same_port=True)
+    await until(lambda: len(claims(shards)) == len(MANY), 8)
+
+
+async def test_a_claim_that_ends_while_it_is_renewed_is_given_back(
+    shards: Shards, join: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = await join("a")
+    assert (await a.directory.claim(KV, key(1), 0.4)).granted
+    ask, renewed = a.directory._ask, 0
+
+    async def late(shard: Any, message: wire.Message, *args: Any, **options: Any) -> wire.Message | None:
+        nonlocal renewed
+        if isinstance(message, wire.Claim):
+            renewed += 1
+            a.directory.unclaim(KV, key(1))
+            await until(lambda: not claims(shards))
+        return await ask(shard, message, *args, **options)
+
+    monkeypatch.setattr(a.directory, "_ask", late)
+    await until(lambda: renewed)
+    await asyncio.sleep(0.1)
+    await until(lambda: not claims(shards) and not any(s.unclaimed or s.claimed for s in a.directory._shards), 0.25)
+
+
 async def test_waiting_ends_with_its_time_and_leaves_nothing_behind(shards: Shards, join: Any) -> None:
     a, b = await join("a"), await join("b")
     await a.directory.claim(EMBEDDING, key(1), 60.0)

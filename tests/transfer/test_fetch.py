@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 from fetch_pair import KV, SIZE, TOKENS, Pair, refused, virtual
-from virtual_cluster import LAYOUT, LIMITS, Worker, content, key, variant
+from virtual_cluster import LAYOUT, LIMITS, content, key, variant
 
 from vlcache_dist import wire
 from vlcache_dist.errors import (
@@ -469,59 +469,6 @@ async def test_a_bad_question_is_the_callers_fault() -> None:
     for limits in ({"lease_s": 5.0, "transfer_s": 5.0}, {"group_bytes": 0}):
         with pytest.raises(ValueError):
             FetchLimits(**limits)  # type: ignore[arg-type]
-
-
-# -- staging ----------------------------------------------------------------------------------------------------
-
-
-def stage(worker: Worker, ttl_s: float) -> tuple[Extent, wire.Lease]:
-    extent = worker.store.stage(SIZE, worker.cluster.loop.time())
-    worker.view(extent).copy_(content(KV, key(7), variant(7), SIZE))
-    worker.store.commit(extent)
-    return extent, worker.holder.lease(extent, ttl_s)
-
-
-@virtual
-async def test_a_handoff_is_read_and_stays_the_holders() -> None:
-    pair = Pair()
-    packed, lease = stage(pair.holder, 0.8)
-    extent = await pair.reader.fetcher.fetch_staging(pair.holder.id, "holder", lease)
-    assert torch.equal(pair.reader.view(extent), content(KV, key(7), variant(7), SIZE))
-    pair.reader.store.abort(extent)
-    assert pair.holder.store.release(lease.lease_id, lease.generation, pair.cluster.loop.time())
-    pair.holder.store.discard(packed)
-    await pair.settle()
-
-
-@virtual
-async def test_a_handoff_whose_lease_ended_is_not_admitted() -> None:
-    pair = Pair()
-    packed, lease = stage(pair.holder, 0.2)
-    await asyncio.sleep(0.3)  # in the decode worker's queue
-    await refused(pair.reader.fetcher.fetch_staging(pair.holder.id, "holder", lease), LeaseLost)
-    pair.holder.store.discard(packed)
-    await pair.settle()
-
-
-@virtual
-async def test_meeting_a_peer_leaves_nothing_behind() -> None:
-    pair = Pair(Fault(delay_s=0.1))
-    link = await pair.reader.fetcher.introduce(pair.holder.id, "holder", (400, 1000, 1 << 30))
-    assert link.points == (pytest.approx((400, 0.1)), pytest.approx((1000, 0.1))), "what does not fit is left out"
-    assert link.bytes_per_s == pytest.approx(10_000, rel=0.01) and link.slow
-    assert pair.reader.fetcher.reads == 6
-    await pair.settle()
-
-
-@virtual
-async def test_a_probe_evicts_nothing() -> None:
-    pair = Pair()
-    for index in range(10, 30):
-        pair.reader.put(KV, key(index), variant(index), SIZE)
-    before = pair.reader.store.stats()
-    link = await pair.reader.fetcher.introduce(pair.holder.id, "holder")
-    assert link.points[0][0] <= before.largest_free * 4
-    assert pair.reader.store.stats() == before
 
 
 @virtual

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -28,9 +29,19 @@ CALL_TIMEOUT_S = 2.0
 COMPARE_EVERY = 2  #: heartbeats, between comparisons of what is held with what is believed
 BATCH_S = 0.002  #: announcements made within this time travel together
 MEMBERS_EVERY_S = 0.25
+RENEWED_S = 600.0  #: how long a claim is renewed: longer than a request, so that only one that was forgotten runs out
 
 Addresses = Callable[[], Awaitable[Sequence[str]]]
 Name = tuple[ObjectKind, ContentKey]
+
+
+@dataclass(slots=True, eq=False)
+class _Claim:
+    """One that this worker has, or has asked for. Times are the event loop's."""
+
+    ttl_s: float
+    renew_at: float
+    renew_until: float
 
 
 class _Shard:
@@ -44,7 +55,7 @@ class _Shard:
         self.epoch: str | None = None  # that this worker's inventory was announced to; None: announce all
         self.here: list[wire.Entry] = []
         self.gone: list[tuple[ContentKey, ObjectKind, Variant]] = []
-        self.claimed: set[Name] = set()  # granted by this shard and not ended yet
+        self.claimed: dict[Name, _Claim] = {}  # granted by this shard and not ended yet
         self.unclaimed: set[Name] = set()  # to be told
         self.wake = asyncio.Event()
         self.heartbeats = 0
@@ -112,7 +123,7 @@ class DirectoryClient:
         """Tell the directory of a committed object, soon. Ends this worker's claim on it."""
         shard = self._shard(entry.key)
         shard.here.append(entry)
-        shard.claimed.discard((entry.kind, entry.key))
+        shard.claimed.pop((entry.kind, entry.key), None)
         shard.wake.set()
 
     def retract(self, key: ContentKey, kind: ObjectKind, variant: Variant) -> None:
@@ -141,10 +152,12 @@ class DirectoryClient:
 
     async def claim(self, kind: ObjectKind, key: ContentKey, ttl_s: float) -> wire.ClaimReply:
         """Granted, too, if the shard does not answer: then two may produce the same, and both are right. A claim whose
-        granting nobody has seen (the caller was cancelled, the shard too slow) is given back."""
+        granting nobody has seen (the caller was cancelled, the shard too slow) is given back. It is renewed until it
+        ends, so ``ttl_s`` bounds how long others wait for a worker that has lost touch, not the production."""
         assert self._info is not None, "only workers claim"
         shard, name = self._shard(key), (kind, key)
-        shard.claimed.add(name)
+        now = asyncio.get_running_loop().time()
+        shard.claimed[name] = _Claim(ttl_s, now + ttl_s / 2, now + RENEWED_S)
         shard.unclaimed.discard(name)
         granted = False
         try:
@@ -152,7 +165,7 @@ class DirectoryClient:
             if isinstance(reply, wire.ClaimReply):
                 granted = reply.granted
                 if not granted:
-                    shard.claimed.discard(name)
+                    shard.claimed.pop(name, None)
                 return reply
             return wire.ClaimReply(True)
         finally:
@@ -162,8 +175,7 @@ class DirectoryClient:
     def unclaim(self, kind: ObjectKind, key: ContentKey) -> None:
         """Give up a claim, soon; one that is over is ignored."""
         shard, name = self._shard(key), (kind, key)
-        if name in shard.claimed:
-            shard.claimed.discard(name)
+        if shard.claimed.pop(name, None) is not None:
             shard.unclaimed.add(name)
             shard.wake.set()
 
@@ -222,8 +234,11 @@ class DirectoryClient:
                     if not shard.replaced:
                         log.warning("directory shard %d lacks what is held here; announcing again", shard.number)
                     await self._register(shard)
+                    for claim in shard.claimed.values():
+                        claim.renew_at = 0.0  # lost with the rest
                 else:
                     await self._compare(shard, reply.held)
+                await self._renew(shard)
                 if shard.unclaimed:
                     shard.wake.set()
             except Exception:
@@ -249,6 +264,26 @@ class DirectoryClient:
             log.info("directory shard %d believes other objects to be here: announcing %d", shard.number, len(entries))
             shard.corrected = difference
             await self._ask(shard, wire.Announce(self._info.worker_id, entries))
+
+    async def _renew(self, shard: _Shard) -> None:
+        """Claims that are half over, whose objects are still being produced. One that somebody else got meanwhile, or
+        that is held elsewhere by now, is forgotten: both productions are right."""
+        assert self._info is not None
+        now = asyncio.get_running_loop().time()
+        for name, claim in list(shard.claimed.items()):
+            if not claim.renew_at <= now < claim.renew_until or shard.claimed.get(name) is not claim:
+                continue
+            claim.renew_at = now + claim.ttl_s / 2
+            kind, key = name
+            reply = await self._ask(shard, wire.Claim(self._info.worker_id, key, kind, claim.ttl_s))
+            if not isinstance(reply, wire.ClaimReply):
+                claim.renew_at = now  # with the next heartbeat that is answered
+            elif name not in shard.claimed:
+                if reply.granted:  # it ended here while it was being renewed there
+                    shard.unclaimed.add(name)
+                    shard.wake.set()
+            elif not reply.granted and shard.claimed[name] is claim:
+                del shard.claimed[name]
 
     async def _speak(self, shard: _Shard) -> None:
         """Send what the shard is to be told, in batches; after a failure, it is told everything."""

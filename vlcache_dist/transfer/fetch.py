@@ -59,7 +59,9 @@ class FetchLimits:
     ``verify_across_hosts``: checksum what comes from another host; ``verify_on_host``: and from this one.
     ``group_bytes``: the least that a group of layers is worth reading by itself; None: what the link's curve says.
     A group that takes longer than ``group_slack`` times what the curve says, and ``group_grace_s`` besides, ends the
-    fetch: computing the image is better than waiting."""
+    fetch: computing the image is better than waiting.
+    ``floor``: bytes/s below which a pair counts as slow; None: what ``link_floor`` says. ``refuse_slow``: objects are
+    not fetched over such a pair at all. (Handoffs are: a request that was prefilled has nowhere else to go.)"""
 
     lease_s: float = 10.0
     transfer_s: float = 5.0
@@ -69,6 +71,8 @@ class FetchLimits:
     group_bytes: int | None = None
     group_slack: float = 8.0
     group_grace_s: float = 0.5
+    floor: float | None = None
+    refuse_slow: bool = False
 
     def __post_init__(self) -> None:
         if self.transfer_s >= self.lease_s:
@@ -219,9 +223,16 @@ class Fetcher:
                 self._store.abort(extent)
             points.append((nbytes, min(times)))
         ours = self._transport.info
-        floor = link_floor(ours.device, peer.device, same_host=ours.host == peer.host)
+        floor = self._limits.floor
+        if floor is None:
+            floor = link_floor(ours.device, peer.device, same_host=ours.host == peer.host)
         link = self._links[worker_id] = Link(tuple(points), floor)
         return link
+
+    def refuses(self, worker_id: WorkerId) -> bool:
+        """True if objects are not read from that peer: its link is below the floor, and that is not put up with."""
+        link = self._links.get(worker_id)
+        return self._limits.refuse_slow and link is not None and link.slow
 
     def layer_groups(self, worker_id: WorkerId, elements: int) -> tuple[int, ...]:
         """Edges of the groups of layers in which ``fetch`` with ``on_group`` reads a KV object from that worker."""
@@ -260,6 +271,8 @@ class Fetcher:
         flight: _Flight | None,
     ) -> Extent:
         peer = await self._connect(holder.worker_id, holder.address)
+        if self.refuses(holder.worker_id):
+            raise TransferFailed(f"{holder.worker_id} is refused: the link to it is below its floor")
         itemsize = self._layout.itemsize
         verify = self._must_verify(peer)
 
