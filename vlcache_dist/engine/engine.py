@@ -548,8 +548,11 @@ class Engine:
         """Remember which of the chunk's slots hold an object's rows unchanged."""
         source, start = state.source, state.span.start
         a, b = max(start, chunk.start), min(state.span.end, chunk.end)
-        if isinstance(source, Reuse) and state.shifted is None and a < b:
+        if isinstance(source, Reuse) and a < b:
             copied = source.depths[a - start : b - start] == 0
+            if state.shifted is not None:  # no object has these rows
+                self._origins.clear(sequence.slots(a, b)[copied])
+                return
             self._origins.set(sequence.slots(a, b)[copied], source.kv.key, source.kv.variant)
 
     def _fail(self, sequence: Sequence, error: VLCacheError) -> None:
