@@ -71,8 +71,8 @@ def test_all_tokens_or_an_answer_that_moves_give_the_full_one(again: tuple[str, 
 
 
 def test_what_the_probes_gained_is_lent_to_all_tokens() -> None:
-    """The corrected copy is the donor's KV plus the probes' mean of this context's KV less the donor's, before rotation;
-    the object itself stays as it was."""
+    """The corrected copy is the donor's KV plus, averaged over the probes, this context's KV less the donor's, before
+    rotation; the object itself stays as it was."""
     each, other = world(), World()
     other.picture("a")
     other.ask([BEFORE, "a", QUESTION])
