@@ -2,7 +2,7 @@
 
 >>> from vlcache_dist import LLM, SamplingParams
 >>> llm = LLM(model="tiny", device="cpu", dtype="float32")
->>> out = llm.chat(messages, SamplingParams(max_tokens=32), reuse="approx", plan="uniform:5")
+>>> out = llm.chat(messages, SamplingParams(max_tokens=32), reuse="approx", plan="guarded")
 >>> out.text, out.vlcache[0].reused_tokens
 """
 
