@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from vlcache_dist.engine.api import Reuse
 from vlcache_dist.engine.batch import ChunkWork, build_step
 from vlcache_dist.engine.runner import Runner
 from vlcache_dist.engine.sequence import Sequence
@@ -46,7 +47,7 @@ def attended(sequence: Sequence, first: int, again: Again, paid: np.ndarray) -> 
     places, tokens, total = [], [], 0
     for index in range(first, len(sequence.spans)):
         state = sequence.spans[index]
-        if not sequence.suspicious(index) or state.source is None:
+        if not sequence.suspicious(index) or not isinstance(state.source, Reuse):
             continue
         total += state.span.length - state.cached
         stale = state.cached + np.flatnonzero(state.source.depths[state.cached :] < sequence.num_layers)
