@@ -19,19 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +32,7 @@ import httpx
 import msgspec
 
 from vlcache_dist.bench.checkpoint import write_random
+from vlcache_dist.bench.two_devices import DEVICES, Report, free_port, machine, two_nodes
 from vlcache_dist.config import Settings
 from vlcache_dist.loadtest import dataset
 from vlcache_dist.loadtest.client import Target
@@ -46,7 +40,6 @@ from vlcache_dist.loadtest.records import Objective, Point, Run
 from vlcache_dist.loadtest.run import Options, find, measure
 from vlcache_dist.loadtest.scenario import Scenario, plan
 
-DEVICES = 2
 WORKERS_PER_DEVICE = 3  #: at most: encoder, prefill, decode
 LAYOUTS = {"disaggregated": {"prefills": 2, "decodes": 1}, "colocated": {"prefills": 2, "decodes": 0}}
 GIB = 1 << 30
@@ -86,62 +79,10 @@ def settings(layout: str, model: Path, device: str, port: int, address: str) -> 
     )
 
 
-@contextmanager
-def two_nodes(device: str) -> Iterator[str]:
-    """A Ray cluster with a node per device on this machine, which pins pools to devices; yields its address."""
-    from ray.cluster_utils import Cluster
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    common: dict[str, Any] = {
-        "num_cpus": 16,
-        "object_store_memory": 200_000_000,
-        "include_dashboard": False,
-    }
-    cluster = Cluster(initialize_head=True, head_node_args={**common, "num_gpus": 0})
-    try:
-        for number in range(DEVICES):
-            offered = {"encoder_pool": 1, "prefill_pool": 1} | ({"decode_pool": 1} if number else {})
-            visible = {"CUDA_VISIBLE_DEVICES": str(number)} if device == "cuda" else {}
-            gpus = 1 if device == "cuda" else 0
-            cluster.add_node(**common, num_gpus=gpus, resources=offered, env_vars={**os.environ, **visible})
-        yield cluster.address
-    finally:
-        cluster.shutdown()
-
-
-def machine(device: str) -> dict[str, Any]:
-    found = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-    found |= {name: version(name) for name in ("torch", "transformers", "ray")}
-    if device == "cuda":
-        ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        found["devices"] = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip().splitlines()
-    return found
-
-
 def row(layout: str, point: Point) -> list[dict[str, Any]]:
     """A measured point without its single requests."""
     about = {"layout": layout, "scenario": point.scenario, "rate": point.rate, "repeated": point.repeated}
     return [{**about, "reuse": arm.reuse, **msgspec.to_builtins(arm.summary)} for arm in point.arms]
-
-
-class Report:
-    """The file: written again whenever something is added."""
-
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self._path = path
-        self.contents: dict[str, Any] = {**about, "rows": [], "errors": []}
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        self.contents["rows"] += rows
-        self.write()
-
-    def fail(self, what: str, error: BaseException) -> None:
-        print("".join(traceback.format_exception(error)), file=sys.stderr, flush=True)
-        self.contents["errors"].append(f"{what}: {type(error).__name__}: {error}")
-        self.write()
-
-    def write(self) -> None:
-        self._path.write_text(json.dumps(self.contents, indent=1) + "\n")
 
 
 def measure_layout(name: str, each: list[Case], base: Options, config: Settings, report: Report, until: float) -> None:
@@ -265,7 +206,7 @@ def main() -> int:
                     return 1
             drawn.result()
             print(f"prepared in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-            port = _free_port()
+            port = free_port()
             for number, layout in enumerate(layouts, start=1):
                 until = began + given.limit * (1 - LATER * (len(layouts) - number))
                 config = settings(layout, model, given.device, port, address)
@@ -285,12 +226,6 @@ def _draw(each: list[Case], base: Options) -> None:
         options = point_options(base, number, case)
         planned += plan(case.scenario, case.share, options.count(options.rates[0]), options.seed + 1)
     dataset.prepare(planned)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

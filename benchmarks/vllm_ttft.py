@@ -47,6 +47,7 @@ def model_folder(shape: str) -> Path:
     config |= {name: text[name] for name in ("bos_token_id", "eos_token_id") if text.get(name) is not None}
     config["vision_token_id"] = config["image_token_id"]
     config["vision_config"]["in_chans"] = 3
+    config["rope_scaling"] = {"type": "mrope", **config["rope_scaling"]}
     (folder / "config.json").write_text(json.dumps(config))
     processor = json.loads((bundled / "preprocessor_config.json").read_text())
     processor |= {"max_pixels": MAX_PIXELS, "size": {"shortest_edge": 56 * 56, "longest_edge": MAX_PIXELS}}

@@ -1,6 +1,7 @@
 """From dialogues to tensors: token ids, M-RoPE positions, where answers are, and pictures as cells.
 
-All rows of a batch show pictures of the same sizes, so that the vision tower runs on plain tensors.
+All rows of a batch show pictures of the same sizes, so that the vision tower runs on plain tensors; and batches come in
+a limited number of shapes, so that a step of each can be one CUDA graph.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,12 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 CELL_FIELDS = 9  #: sprite, top, left, ink (3), paper (3)
 DIGITS = "0123456789"
 CHARACTERS = LETTERS + DIGITS
-AUX_CLASSES = (1 + len(CHARACTERS) + len(SHAPES), 1 + len(CHARACTERS), 1 + len(COLORS))
+MOST = 12  #: cells on a side
+THINGS = 1 + len(CHARACTERS) + len(SHAPES)
+AUX_CLASSES = (THINGS, 1 + len(CHARACTERS), 1 + len(COLORS))
+#: What the language model should know early of a picture's token: the first and second character in the cell on its
+#: left, what opens its row and its column, and which row and column that is.
+PLACE_CLASSES = (THINGS, 1 + len(CHARACTERS), THINGS, THINGS, MOST, MOST)
 PAD = 8  #: pixels around a sprite in the atlas, so that shifts read nothing
 
 
@@ -38,8 +45,8 @@ _NUMBER = {name: number for number, name in enumerate(sprite_names())}
 
 
 def cells(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """What the painter needs of each cell, int16 [cells, CELL_FIELDS], and what an auxiliary reader should see in it,
-    int16 [cells, 3]: first character or shape, second character, colour (0: none)."""
+    """What the painter needs of each cell, int16 [cells, CELL_FIELDS], and what auxiliary readers should see in it,
+    int16 [cells, 9]: first character or shape, second character, colour (0: none); then ``PLACE_CLASSES``."""
     out = np.zeros((scene.rows * scene.columns, CELL_FIELDS), np.int16)
     aux = np.zeros((len(out), 3), np.int16)
     out[:, 1:3], out[:, 6:9] = PAD, scene.background
@@ -55,7 +62,16 @@ def cells(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
                 else:
                     for place, char in enumerate(sprite.name):
                         aux[at, place] = 1 + CHARACTERS.index(char)
-    return out, aux
+    return out, np.concatenate((aux, _places(aux.reshape(scene.rows, scene.columns, 3))), 1)
+
+
+def _places(aux: np.ndarray) -> np.ndarray:
+    rows, columns, _ = aux.shape
+    out = np.zeros((rows, columns, len(PLACE_CLASSES)), np.int16)
+    out[:, 1:, :2] = aux[:, :-1, :2]
+    out[:, :, 2], out[:, :, 3] = aux[:, :1, 0], aux[:1, :, 0]
+    out[:, :, 4], out[:, :, 5] = np.arange(rows)[:, None], np.arange(columns)
+    return out.reshape(rows * columns, -1)
 
 
 class Encoder:
@@ -113,107 +129,136 @@ def positions(length: int, spans: list[tuple[int, Shown]]) -> np.ndarray:
 
 @dataclass(slots=True)
 class Batch:
-    """``ids`` int64 [B, L]; ``positions`` [3, B, L]; flat indices ``learn`` of rows that predict ``target``, ``answer``
-    int64 [T] numbering the answer that each belongs to; per picture slot ``cells`` [B, n, CELL_FIELDS], ``aux``
-    [B, n, 3] and its ``grids``; ``vision``: flat indices of the pictures' tokens, slot by slot."""
+    """``ids`` int64 [B, L]; ``positions`` [3, B, L]; flat indices ``learn`` [T] of rows that predict ``target`` (-100:
+    a place to spare), ``answer`` int64 [T] numbering the answer that each belongs to (places to spare: one more); per
+    picture slot ``cells`` int16 [B, n, CELL_FIELDS], ``aux`` int16 [B, n, 9] and its ``grids``; ``vision``: flat
+    indices of the pictures' tokens, slot by slot. ``ids`` at those are of no meaning and spread over the vocabulary:
+    the gradient of one embedding for all would be a queue of thousands."""
 
     ids: torch.Tensor
     positions: torch.Tensor
     learn: torch.Tensor
     target: torch.Tensor
     answer: torch.Tensor
+    vision: torch.Tensor
     cells: list[torch.Tensor]
     aux: list[torch.Tensor]
-    vision: torch.Tensor
     grids: list[Grid]
     families: list[tuple[str, str]]
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.ids, self.positions, self.learn, self.target, self.answer, self.vision, *self.cells, *self.aux]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return (*self.grids, *self.ids.shape, len(self.learn))
+
     def to(self, device: torch.device) -> Batch:
-        def move(x: torch.Tensor) -> torch.Tensor:
-            return x.to(device, non_blocking=True)
-
-        return Batch(
-            move(self.ids),
-            move(self.positions),
-            move(self.learn),
-            move(self.target),
-            move(self.answer),
-            [move(c) for c in self.cells],
-            [move(a) for a in self.aux],
-            move(self.vision),
-            self.grids,
-            self.families,
-        )
+        moved = [t.to(device, non_blocking=True) for t in self.tensors]
+        n = len(self.cells)
+        return Batch(*moved[:6], moved[6 : 6 + n], moved[6 + n :], self.grids, self.families)
 
 
-def collate(rows: list[Sample], encoder: Encoder, length: int) -> Batch:
-    """Rows longer than ``length`` lose their last answers."""
+def collate(rows: list[Sample], encoder: Encoder, length: int, learn_length: int = 0) -> Batch:
+    """Rows longer than ``length`` lose their last answers. ``learn_length``: tokens to learn, if it is to be the same
+    for all batches; answers that find no place there are not learnt."""
     ids = np.full((len(rows), length), encoder.end, np.int64)
     where = np.zeros((3, len(rows), length), np.int64)
     learn: list[np.ndarray] = []
-    answer: list[np.ndarray] = []
     families: list[tuple[str, str]] = []
     spans_of = []
+    taken = 0
     for b, row in enumerate(rows):
         tokens, spans, answers = encoder.encode(row)
         n = min(len(tokens), length)
         ids[b, :n] = tokens[:n]
         where[:, b, :n] = positions(len(tokens), spans)[:, :n]
         for (start, stop), family in zip(answers, row.families, strict=True):
-            if stop <= length:
+            if stop <= length and (not learn_length or taken + stop - start <= learn_length):
+                taken += stop - start
                 learn.append(b * length + np.arange(start, stop))
-                answer.append(np.full(stop - start, len(families)))
                 families.append(family)
         spans_of.append(spans)
     slots = range(len(spans_of[0]))
     painted = [[cells(spans[slot][1].scene()) for spans in spans_of] for slot in slots]
     grids = [(spans_of[0][slot][1].rows, spans_of[0][slot][1].columns) for slot in slots]
-    vision = [
-        b * length + spans[slot][0] + np.arange(grids[slot][0] * grids[slot][1])
-        for slot in slots
-        for b, spans in enumerate(spans_of)
-    ]
+    vision = np.concatenate(
+        [
+            b * length + spans[slot][0] + np.arange(grids[slot][0] * grids[slot][1])
+            for slot in slots
+            for b, spans in enumerate(spans_of)
+        ]
+    )
     target = np.concatenate(learn)
+    answer = np.concatenate([np.full(len(places), n) for n, places in enumerate(learn)])
+    labels = ids.reshape(-1)[target]
+    source = target - 1
+    if spare := max(0, learn_length - len(source)):
+        # Places that are not learnt, each of them once (see ``ids``).
+        free = np.setdiff1d(np.arange(ids.size), source)[:spare]
+        source, labels = np.concatenate((source, free)), np.concatenate((labels, np.full(spare, -100)))
+        answer = np.concatenate((answer, np.full(spare, len(families))))
+    ids.reshape(-1)[vision] = np.arange(len(vision)) % encoder.end
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(where),
-        torch.from_numpy(target - 1),
-        torch.from_numpy(ids.reshape(-1)[target]),
-        torch.from_numpy(np.concatenate(answer)),
+        torch.from_numpy(source),
+        torch.from_numpy(labels),
+        torch.from_numpy(answer),
+        torch.from_numpy(vision),
         [torch.from_numpy(np.stack([c for c, _ in slot])) for slot in painted],
         [torch.from_numpy(np.stack([a for _, a in slot])) for slot in painted],
-        torch.from_numpy(np.concatenate(vision)),
         grids,
         families,
     )
 
 
-def draw_grids(rng: random.Random, hardness: float) -> list[Grid]:
-    """Sizes of a batch's pictures: mostly one of 8 x 8 cells at first, later any from 4 to 12 cells on either side, and
-    up to three."""
-    count = rng.choices((1, 2, 3), (1.0, 0.9 * hardness, 0.35 * hardness))[0]
-    grids: list[Grid] = []
-    for _ in range(count):
-        if rng.random() < 0.6 - 0.2 * hardness:
-            grids.append((8, 8))
-        else:
-            top = 12 if count == 1 else 9
-            grids.append((rng.randint(4, top), rng.randint(4, top)))
-    return grids
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """``rows`` dialogues of ``length`` tokens over pictures of ``grids``, with about ``room`` tokens of text."""
+
+    grids: tuple[Grid, ...]
+    room: int
+    rows: int
+    length: int
+
+    @property
+    def learn_length(self) -> int:
+        """Tokens to learn: answers take a fifth to a quarter of the text."""
+        return self.rows * max(16, self.room // 4)
 
 
-def stream(encoder: Encoder, seed: int, tokens: int, hardness: float) -> Iterator[Batch]:
-    """Batches of about ``tokens`` tokens for ever. ``hardness`` is read anew for each if it is a shared value."""
+def shapes(tokens: int) -> dict[int, list[Shape]]:
+    """By number of pictures: two shapes in five of 8 x 8 cells, the others of 4 to 12 cells on either side (several
+    pictures: 9). ``tokens``: in a batch, about."""
+    rng = random.Random("shapes")
+    found: dict[int, list[Shape]] = {}
+    for count, most, variety in ((1, MOST, 24), (2, 9, 12), (3, 9, 8)):
+        sides = [rng.sample(range(4, most + 1), most - 3) for _ in range(2 * count * variety)]
+        flat = iter([side for group in sides for side in group])  # every side as often as the others
+        found[count] = []
+        for number in range(variety):
+            grids = tuple((next(flat), next(flat)) if number % 5 > 1 else (8, 8) for _ in range(count))
+            room = (96, 128, 160, 192, 384)[number % 5 if number % 5 > 1 else number % 4]
+            length = -(-(sum(rows * columns for rows, columns in grids) + 64 + room) // 32) * 32
+            found[count].append(Shape(grids, room, max(1, tokens // length), length))
+    return found
+
+
+def stream(encoder: Encoder, seed: int, tokens: int, hardness: Any) -> Iterator[Batch]:
+    """Batches of about ``tokens`` tokens for ever. ``hardness`` in [0, 1] is read anew for each if it is a shared
+    value: at 0 one picture of 8 x 8 cells and little text, at 1 up to three of all sizes."""
     rng = random.Random(seed)
+    known = shapes(tokens)
+    easy = [shape for shape in known[1] if shape.grids == ((8, 8),) and shape.room < 384]
     while True:
         now = float(getattr(hardness, "value", hardness))
-        grids = draw_grids(rng, now)
-        room = rng.choice((96, 128, 160, 192, 384 if now > 0.2 else 128))
-        vision = sum(rows * columns for rows, columns in grids)
-        length = -(-(vision + 64 + room) // 32) * 32
+        count = rng.choices((1, 2, 3), (1.0, 0.9 * now, 0.35 * now))[0]
+        shape = rng.choice(known[count] if rng.random() < now else easy)
         draw = Draw(rng, hardness=now)
-        rows = [sample(draw, grids, room) for _ in range(max(1, tokens // length))]
-        yield collate(rows, encoder, length)
+        rows = [sample(draw, shape.grids, shape.room) for _ in range(shape.rows)]
+        yield collate(rows, encoder, shape.length, shape.learn_length)
 
 
 SIZES: tuple[Grid, ...] = ((8, 8), (6, 7), (9, 5))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -23,14 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.batches import AUX_CLASSES, SIZES, Batch, Encoder, stream, validation
+from training.batches import AUX_CLASSES, PLACE_CLASSES, SIZES, Batch, Encoder, stream, validation
 from training.export import TEMPLATE, export, fresh_model
-from training.network import Weights, atlas, forward
+from training.network import EAGER, Blocks, Weights, atlas, forward
+from training.step import Step
 from training.tasks import Grid
 
 SAVE_S = 120.0
 WARM_UP, DECAY_FROM = 300, 0.6
-AUX_WEIGHT = 0.5
+AUX_WEIGHT, PLACE_WEIGHT = 0.5, 0.3
 
 
 @dataclass(slots=True)
@@ -63,23 +65,39 @@ class _Stream(torch.utils.data.IterableDataset):
 
 
 class Trainer:
-    def __init__(self, out: Path, *, seconds: float, rate: float, tokens: int, workers: int, seed: int, device: str):
+    def __init__(
+        self,
+        out: Path,
+        *,
+        seconds: float,
+        rate: float,
+        tokens: int,
+        workers: int,
+        seed: int,
+        device: str,
+        compiled: bool = False,
+    ) -> None:
         torch.manual_seed(seed)
         torch.backends.cuda.matmul.allow_tf32 = True
         self.out, self.device = out, torch.device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.tokenizer = TEMPLATE / "tokenizer.json"
         self.model = fresh_model(Encoder(self.tokenizer)).to(self.device)
-        self.aux = nn.Linear(self.model.config.text_config.hidden_size, sum(AUX_CLASSES)).to(self.device)
+        hidden = self.model.config.text_config.hidden_size
+        #: Readers of what a picture's token shows and of where it stands; they are not exported.
+        self.aux = nn.ModuleList(nn.Linear(hidden, sum(c)) for c in (AUX_CLASSES, PLACE_CLASSES)).to(self.device)
         self.named = {n: p for n, p in self.model.named_parameters() if n != "lm_head.weight"}
         matrices = [p for p in self.named.values() if p.ndim >= 2]
         vectors = [p for p in self.named.values() if p.ndim < 2]
         groups = [
-            {"params": [*matrices, self.aux.weight], "weight_decay": 0.05},
-            {"params": [*vectors, self.aux.bias], "weight_decay": 0.0},
+            {"params": [*matrices, *(r.weight for r in self.aux)], "weight_decay": 0.05},
+            {"params": [*vectors, *(r.bias for r in self.aux)], "weight_decay": 0.0},
         ]
         self.parameters = [*matrices, *vectors, *self.aux.parameters()]
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.97), fused=self.device.type == "cuda")
+        cuda = self.device.type == "cuda"
+        first = torch.tensor(rate, device=self.device) if cuda else rate
+        self.optimizer = torch.optim.AdamW(groups, lr=first, betas=(0.9, 0.97), fused=cuda, capturable=cuda)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its plans are made per shape, within the step
         self.schedule = Schedule(seconds, rate)
         self.sprites = atlas().to(self.device)
         self.hardness = multiprocessing.get_context("spawn").Value("d", 0.0)
@@ -87,6 +105,10 @@ class Trainer:
         self.step, self.seen_tokens, self.best = 0, 0, -1.0
         self.history: list[dict[str, Any]] = []
         self.sizes: Sequence[Grid] = SIZES
+        self.right = torch.zeros(2, device=self.device)  # answer tokens that were right, and all
+        self.aux_weights = torch.zeros(2, device=self.device)
+        self.one_step = Step(self.loss, self.optimizer, self.parameters)
+        self.blocks = Blocks.compiled() if compiled else EAGER
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -120,28 +142,35 @@ class Trainer:
     # -- training -----------------------------------------------------------------------------------------------
 
     def weights(self) -> tuple[Weights, Weights]:
-        """Vision tower's and language model's parameters in the compute dtype."""
-        cast = {name: p.to(self.dtype) for name, p in self.named.items()}
+        """Vision tower's and language model's parameters in the compute dtype, the embedding as it is."""
+        cast = {name: p if "embed_tokens" in name else p.to(self.dtype) for name, p in self.named.items()}
         parts = []
         for prefix in ("model.visual.", "model.language_model."):
             parts.append({n.removeprefix(prefix): p for n, p in cast.items() if n.startswith(prefix)})
         return parts[0], parts[1]
 
-    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the answers, with the auxiliary reader's (what is in each cell) while the eyes are young; and the share of
-        answer tokens that are right."""
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """Of the answers, and of the auxiliary readers while the model is young: what is in each cell, from the vision
+        tower's tokens; what is beside it and where it is, from the language model's early layers. (They see normalized
+        states: else these grow, and later layers cannot write over them.)"""
         vision, language = self.weights()
-        logits, tokens = forward(self.model.config, vision, language, batch, self.sprites)
-        loss = F.cross_entropy(logits, batch.target)
-        weight = AUX_WEIGHT * max(0.1, 1 - 2 * self.schedule.progress)
-        read = self.aux(tokens.float()).split(AUX_CLASSES, -1)
-        truth = torch.cat([aux.flatten(0, 1) for aux in batch.aux]).long()
-        for part, column in zip(read, truth.unbind(1), strict=True):
-            loss = loss + weight * F.cross_entropy(part, column)
-        return loss, (logits.argmax(-1) == batch.target).float().mean().detach()
+        seen = forward(self.model.config, vision, language, batch, self.sprites, blocks=self.blocks)
+        loss = F.cross_entropy(seen.logits, batch.target)
+        learnt = batch.target >= 0
+        self.right += torch.stack((((seen.logits.argmax(-1) == batch.target) & learnt).sum(), learnt.sum()))
+        truth = torch.cat([aux.flatten(0, 1) for aux in batch.aux]).long().unbind(1)
+        classes = AUX_CLASSES, PLACE_CLASSES
+        for reader, states, sizes, weight in zip(
+            self.aux, (seen.tokens, seen.early), classes, self.aux_weights, strict=True
+        ):
+            read = reader(F.rms_norm(states.float(), states.shape[-1:])).split(sizes, -1)
+            told = truth[: len(sizes)] if sizes is AUX_CLASSES else truth[len(AUX_CLASSES) :]
+            loss = loss + weight * sum(F.cross_entropy(part, column) for part, column in zip(read, told, strict=True))
+        return loss
 
-    def run(self, max_steps: int, validate: int, say: Any = print) -> None:
-        """Until the time is over (or after ``max_steps`` more steps). ``validate``: questions per family and size."""
+    def run(self, max_steps: int, validate: int, say: Any = print, seconds: float = math.inf) -> None:
+        """Until the time is over, or after ``max_steps`` more steps or ``seconds``; the next run goes on.
+        ``validate``: questions per family and size."""
         data = _Stream(self.tokenizer, self.tokens, self.hardness, self.seed + self.step)
         more = {"prefetch_factor": 4, "multiprocessing_context": "spawn"} if self.workers else {}
         batches = iter(
@@ -152,33 +181,38 @@ class Trainer:
         first = next(batches)  # workers take seconds to start: the clock does not run yet
         self.schedule.started = saved = time.monotonic()
         last = self.step + max_steps
-        right: list[torch.Tensor] = []
-        while self.schedule.progress < 1 and self.step < last:
+        while self.schedule.progress < 1 and self.step < last and time.monotonic() - self.schedule.started < seconds:
             self.hardness.value = min(1.0, 2.5 * self.schedule.progress)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.schedule.learning_rate(self.step)
+            self._set_rates()
             batch, first = (first if first is not None else next(batches)), None
-            batch = batch.to(self.device)
-            loss, hit = self.loss(batch)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.one_step(batch)
             self.step += 1
             self.seen_tokens += batch.ids.numel()
-            right.append(hit)
             if self.step % 200 == 0 or self.step in (1, 10, 50):
+                right, all_of_them = self.right.tolist()
+                self.right.zero_()
                 took = time.monotonic() - self.schedule.started
-                share = torch.stack(right).mean().item()
-                say(f"step {self.step}, {self.schedule.progress:.1%}, loss {loss.item():.3f}, right {share:.3f}, "
-                    f"{self.seen_tokens / 1e6:.1f} M tokens, {took:.0f} s")  # fmt: skip
-                right.clear()
+                say(f"step {self.step}, {self.schedule.progress:.1%}, loss {loss.item():.3f}, "
+                    f"right {right / all_of_them:.3f}, {self.seen_tokens / 1e6:.1f} M tokens, {took:.0f} s, "
+                    f"{self.one_step.graphs} graphs")  # fmt: skip
             if time.monotonic() - saved > SAVE_S:
                 self.validate(validate, say)
                 self.save()
                 saved = time.monotonic()
         self.validate(validate, say)
         self.save()
+
+    def _set_rates(self) -> None:
+        """Filled in place: a recorded step reads them where they are."""
+        for group in self.optimizer.param_groups:
+            rate = self.schedule.learning_rate(self.step)
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        p = self.schedule.progress
+        self.aux_weights[0].fill_(AUX_WEIGHT * max(0.1, 1 - 2 * p))
+        self.aux_weights[1].fill_(PLACE_WEIGHT * max(0.0, 1 - 2 * p))
 
     # -- validation ---------------------------------------------------------------------------------------------
 
@@ -189,8 +223,8 @@ class Trainer:
         found: dict[str, list[bool]] = defaultdict(list)
         for batch in validation(Encoder(self.tokenizer), per_family, self.sizes):
             batch = batch.to(self.device)
-            logits, _ = forward(self.model.config, vision, language, batch, self.sprites)
-            wrong = (logits.argmax(-1) != batch.target).long()
+            seen = forward(self.model.config, vision, language, batch, self.sprites)
+            wrong = (seen.logits.argmax(-1) != batch.target).long()
             count = torch.zeros(len(batch.families), dtype=torch.long, device=self.device)
             count.index_add_(0, batch.answer, wrong)
             pictures = len(batch.grids)
@@ -217,7 +251,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that draw scenes")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10**9, help="stop after so many")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many; the same command goes on")
     parser.add_argument("--validate", type=int, default=24, help="questions per family and size")
+    parser.add_argument("--compile", action="store_true", help="fuse the layers with torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
@@ -229,10 +265,11 @@ def main() -> None:
         workers=a.workers,
         seed=a.seed,
         device=a.device,
+        compiled=a.compile,
     )
     count = sum(p.numel() for p in trainer.named.values())
     print(f"{count / 1e6:.2f} M parameters{', resumed' if trainer.resume() else ''}", flush=True)
-    trainer.run(a.steps, a.validate, say=lambda text: print(text, flush=True))
+    trainer.run(a.steps, a.validate, lambda text: print(text, flush=True), a.seconds)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,12 @@ class EngineSettings(_Section):
         lt=1,
         description="share of free device memory, before weights are loaded, for the arena if `store_bytes` is None",
     )
+    graph_start_s: float = Field(
+        default=10.0,
+        ge=0,
+        description="seconds that capturing CUDA graphs may take at a worker's start; the rest are captured when it is "
+        "idle, and until then such steps use a larger graph or are launched kernel by kernel",
+    )
     tensor_parallel: int = Field(
         default=1,
         ge=1,

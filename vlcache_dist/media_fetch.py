@@ -9,7 +9,6 @@ environment are not used, because a proxy would resolve again.
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 import ipaddress
 import socket
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import pybase64
 
 from vlcache_dist.config import MediaSettings
 from vlcache_dist.errors import InvalidMedia, PayloadTooLarge
@@ -189,7 +189,7 @@ def read_data_url(url: str, limit: int, where: str) -> bytes:
         if len(body) > limit * 4 // 3 + 1024:
             raise PayloadTooLarge(f"{where}: more than {limit} bytes")
         try:
-            data = base64.b64decode(body, validate=True)
+            data = pybase64.b64decode(body, validate=True)
         except (binascii.Error, ValueError) as error:
             raise InvalidMedia(f"{where}: not valid base64: {error}") from error
     if len(data) > limit:

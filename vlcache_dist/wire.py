@@ -355,11 +355,13 @@ class Handoff(msgspec.Struct, frozen=True):
 
 class Prefill(Message, frozen=True):
     """Compute a prompt's KV and its first token. Streams one ``Prefilled``; a colocated worker
-    goes on with ``Tokens``."""
+    goes on with ``Tokens``. ``hints``: what the ingress, which had to ask for the sake of placement, heard from the
+    directory; a hint that proves stale costs one more look-up."""
 
     generation: Generation
     source: MediaSource
     timeout_s: float
+    hints: tuple[KeyState, ...] = ()
 
 
 class Prefilled(Message, frozen=True):

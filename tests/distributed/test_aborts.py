@@ -62,8 +62,8 @@ async def cancel(task: asyncio.Task[Any]) -> None:
 @pytest.mark.parametrize("reuse", [ReuseMode.APPROX, ReuseMode.OFF])
 async def test_while_encoding(pools: Pools, monkeypatch: pytest.MonkeyPatch, reuse: ReuseMode) -> None:
     encoder, image = pools.encoders[0], picture(2 if reuse is ReuseMode.OFF else 3)
-    gate = Gate(encoder._tower)
-    monkeypatch.setattr(encoder, "_tower", gate)
+    gate = Gate(encoder._tower.forward)
+    monkeypatch.setattr(encoder._tower, "forward", gate)
     task = start(pools, image, image.facts[0].question, reuse=reuse)
     await pools.until(gate.reached.is_set)
     await asyncio.sleep(0.05)
@@ -73,8 +73,8 @@ async def test_while_encoding(pools: Pools, monkeypatch: pytest.MonkeyPatch, reu
 
 async def test_what_the_encoder_has_not_begun_is_not_encoded(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, first, second = pools.encoders[0], picture(4), picture(5)
-    gate = Gate(encoder._tower)
-    monkeypatch.setattr(encoder, "_tower", gate)
+    gate = Gate(encoder._tower.forward)
+    monkeypatch.setattr(encoder._tower, "forward", gate)
     encoded = pools.encoded
     running = start(pools, first, first.facts[0].question)
     await pools.until(gate.reached.is_set)
@@ -90,8 +90,8 @@ async def test_what_the_encoder_has_not_begun_is_not_encoded(pools: Pools, monke
 async def test_others_who_want_the_same_picture_get_it(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first to ask, whose bytes the encoder has, goes away; so does the producer of the KV."""
     encoder, image = pools.encoders[0], picture(6)
-    gate = Gate(encoder._tower)
-    monkeypatch.setattr(encoder, "_tower", gate)
+    gate = Gate(encoder._tower.forward)
+    monkeypatch.setattr(encoder._tower, "forward", gate)
     encoded = pools.encoded
     first = start(pools, image, image.facts[0].question, prefill_worker="prefill-0")
     await pools.until(gate.reached.is_set)
@@ -177,7 +177,7 @@ async def test_a_claim_given_up_is_taken_over_at_once(pools: Pools, monkeypatch:
     gate = Gate(type(prefill.engine).step.__get__(prefill.engine))
     producer = None
     with monkeypatch.context() as patch:
-        patch.setattr(pools.encoders[0], "_tower", blocked := Gate(pools.encoders[0]._tower))
+        patch.setattr(pools.encoders[0]._tower, "forward", blocked := Gate(pools.encoders[0]._tower.forward))
         producer = start(pools, image, image.facts[0].question, prefill_worker="prefill-0")
         await pools.until(lambda: bool(pools.directory.state.stats()["claims"]))
         waiter = start(pools, "The river.\n", image, image.facts[1].question, prefill_worker="prefill-1")
@@ -218,7 +218,7 @@ async def test_a_deadline_in_the_middle(pools: Pools, monkeypatch: pytest.Monkey
     image = picture(12)
     with monkeypatch.context() as patch:
         patch.setattr(pools.frontend, "_settings", pools.settings.model_copy(update={"serve": serve}))
-        patch.setattr(pools.encoders[0], "_tower", gate := Gate(pools.encoders[0]._tower))
+        patch.setattr(pools.encoders[0]._tower, "forward", gate := Gate(pools.encoders[0]._tower.forward))
         with pytest.raises(DeadlineExceeded):
             await pools.ask(image, image.facts[0].question)
         gate.opened.set()

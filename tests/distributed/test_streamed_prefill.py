@@ -200,3 +200,34 @@ async def test_what_was_fetched_ahead_came_from_elsewhere(monkeypatch: pytest.Mo
         again = await pools.ask("B.\n", image, image.facts[1].question, prefill_worker="prefill-1")
         assert again.sources == ["local"] and again.text == answer.text
         await pools.drained()
+
+
+async def test_a_remote_hit_asks_the_directory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ingress does; the worker goes to the holder that it was told of, and to the directory only if that is old
+    news."""
+    async with Pools() as pools:
+        image = picture(24)
+        await pools.ask(image, image.facts[0].question, prefill_worker="prefill-0")
+        node = pools.prefills[1].node
+        asked: list[bytes] = []
+        lookup = node._directory.lookup
+
+        async def noted(keys: Any) -> Any:
+            asked.extend(keys)
+            return await lookup(keys)
+
+        monkeypatch.setattr(node._directory, "lookup", noted)
+        answer = await pools.ask("A.\n", image, image.facts[1].question, prefill_worker="prefill-1")
+        assert (answer.text, answer.sources) == (image.facts[1].answer, ["remote"]) and not asked
+        for extent in node.store.objects():
+            node.store.discard(extent)
+        for worker in pools.workers:  # the decode worker has a copy by now
+            found = worker.node.store.lookup
+
+            def gone(kind: ObjectKind, *arguments: Any, found: Any = found, **options: Any) -> Extent | None:
+                return None if kind is ObjectKind.KV else found(kind, *arguments, **options)
+
+            monkeypatch.setattr(worker.node.store, "lookup", gone)  # the directory does not know yet
+        answer = await pools.ask("B.\n", image, image.facts[2].question, prefill_worker="prefill-1")
+        assert (answer.text, answer.sources) == (image.facts[2].answer, ["computed"]) and asked
+        await pools.drained()

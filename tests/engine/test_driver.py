@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from vlcache_dist.engine import driver as driver_module
 from vlcache_dist.engine.api import TokenEvent
 from vlcache_dist.engine.bridge import EngineBridge
 from vlcache_dist.engine.driver import EngineDriver
@@ -89,6 +90,23 @@ def test_an_idle_driver_does_its_chores_once_and_sleeps(counting: Counting) -> N
     assert driver.call(lambda engine: engine.chores).result(10) == 0
     driver.close()
     assert counting.chores <= 0, "and once more when the call had been served"
+
+
+def test_chores_take_a_small_share_of_the_time_and_nobody_waits_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver_module, "IDLE_SHARE", 0.001)
+
+    class Chores(Counting):
+        def idle(self) -> bool:
+            time.sleep(0.01)
+            return super().idle()
+
+    engine = Chores()
+    engine.chores = 100
+    driver = EngineDriver(engine, lambda event: None, lambda error: None)
+    driver.start()
+    time.sleep(0.1)
+    assert driver.call(lambda engine: engine.chores).result(5) == 99, "the next is due after ten seconds"
+    driver.close()
 
 
 def test_a_step_that_dies_fails_everybody_who_waits(counting: Counting) -> None:

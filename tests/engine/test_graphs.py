@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,19 +12,20 @@ from hypothesis import strategies as st
 
 from vlcache_dist.bench.shapes import random_models
 from vlcache_dist.engine.batch import ChunkWork, SpanWork, StepBatch, build_step
-from vlcache_dist.engine.graphs import (
-    PATIENCE,
+from vlcache_dist.engine.graph_shapes import (
     ROWS,
     SAMPLES,
-    GraphedForward,
-    PaddedStep,
     Shape,
+    cost,
     decode_shapes,
-    fill_padding,
-    pad_step,
-    padded_logits,
+    eager_shapes,
+    holds,
+    launched_rows,
+    prefill_shapes,
     shape_for,
+    worthwhile,
 )
+from vlcache_dist.engine.graphs import GraphedForward, PaddedStep, fill_padding, pad_step, padded_logits
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
 from vlcache_dist.model.config import ModelConfig
 from vlcache_dist.model.upload import FixedInputs
@@ -148,6 +151,57 @@ def test_padding_alone_writes_nothing_and_is_finite() -> None:
         assert torch.equal(pages, before[0]) and torch.equal(arena, before[1])
 
 
+AHEAD = prefill_shapes(max_rows=512, max_batch=4, max_keys=512)
+
+
+@settings(max_examples=10, deadline=None)
+@given(PIECES)
+def test_a_larger_shape_computes_the_same(pieces: list[tuple[int, int, int]]) -> None:
+    """Steps are padded to shapes captured at start, whose far and near rows, segments and bounds are others."""
+    language, _ = random_models(CONFIG, torch.device("cpu"), torch.float32)
+    step = step_of(np.random.default_rng(0), pieces)
+    least = shape_for(step)
+    assert least is not None and holds(least, least) == (
+        (not least.far or least.far_max_q >= least.far) and (not least.near or least.near_max_q >= least.near)
+    )
+    able = sorted((shape for shape in AHEAD if holds(shape, least)), key=cost)
+    assert able, "what this test draws is held by what is captured at start"
+    for shape in (able[0], able[len(able) // 2]):
+        plain, arena = memory("cpu", torch.float32)
+        padded, recorded = plain.clone(), arena.clone()
+        expected = language.forward(
+            ForwardBatch.from_step(step, "cpu"), plain, arena, ScatterBatch.from_step(step, "cpu")
+        )
+        tensors = fixed(step, shape)
+        fields = PaddedStep(*(tensor.numpy() for tensor in tensors))
+        queries = np.diff(fields.cu_q)
+        assert fields.cu_q[-1] == shape.rows and (queries >= 0).all() and (fields.kv_len >= queries).all()
+        assert queries[: shape.samples + shape.far_segments].max() <= shape.far_max_q
+        assert queries[shape.samples + shape.far_segments :].max(initial=0) <= shape.near_max_q
+        logits = padded_logits(language, tensors, shape, padded, recorded)[: step.num_samples]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(recorded, arena, rtol=1e-5, atol=1e-5)
+
+
+def test_shapes_to_be_captured_ahead_are_few_and_consistent() -> None:
+    for max_rows, max_batch, max_keys in ((2048, 64, 128_000), (64, 1, 64), (512, 3, 5000)):
+        shapes = [*prefill_shapes(max_rows, max_batch, max_keys), *eager_shapes(max_rows)]
+        assert len(shapes) <= 60 and all(shape.rows <= max(max_rows, 2 * 64) + max_batch for shape in shapes)
+        assert all(shape.near >= 0 and (shape.near_segments > 0) == (shape.near > 0) for shape in shapes)
+        assert all((shape.far_segments > 0) == (shape.far > 0) for shape in shapes)
+
+
+def test_a_larger_graph_pays_up_to_what_launching_costs() -> None:
+    """7B: some 1,100 rows are computed while a step is launched; 32B, with its larger layers: half as many."""
+    seven, thirty_two = launched_rows(233_057_280), launched_rows(487_587_840)
+    assert 1000 < seven < 1200 and 450 < thirty_two < 600
+    few, many = (prefill_shapes(2048, 1, 4096)[i] for i in (0, -1))
+    assert few.rows == 128 and many.rows == 1024
+    assert worthwhile(many, few, seven) and not worthwhile(many, few, thirty_two)
+    assert worthwhile(many, replace(few, rows=700), thirty_two), "a step of its own kind of size"
+
+
 @pytest.mark.parametrize("lengths", [(30,), (30, 100, 7), (3000, 1), (10,) * 9])
 def test_decode_steps_find_the_shapes_prepared_for_them(lengths: tuple[int, ...]) -> None:
     tokens, rope = np.ones(4096, np.int64), np.zeros((3, 4096), np.int32)
@@ -167,13 +221,14 @@ def test_graphs_replay_what_is_launched() -> None:
     replayed = plain.clone()
     rng = np.random.default_rng(0)
     recorded = arena.clone()
-    graphs = GraphedForward(language, replayed, recorded)
     for pieces in ([(0, 30, TEXT_ONLY)], [(3, 20, REUSED), (9, 1, TEXT_ONLY)], [(0, 25, FRESH)], [(30, 1, TEXT_ONLY)]):
         step = step_of(rng, pieces)
         scatter = ScatterBatch.from_step(step, "cuda")
         expected = language.forward(ForwardBatch.from_step(step, "cuda"), plain, arena, scatter)
-        for _ in range(PATIENCE - 1):
-            assert graphs.run(step) is None, "a shape is captured when it keeps coming back"
+        graphs = GraphedForward(language, replayed, recorded)
+        for _ in range(4):
+            assert graphs.run(step) is None, "nothing is captured while somebody waits"
+        assert graphs.capture_next()
         for _ in range(2):
             done = graphs.run(step)
             assert done is not None
@@ -191,7 +246,8 @@ def test_an_idle_engine_captures_what_was_used() -> None:
     graphs = GraphedForward(language, pages, arena)
     step = step_of(np.random.default_rng(0), [(3, 20, REUSED)])
     before = pages.clone()
-    assert not graphs.capture_wanted() and graphs.run(step) is None
-    assert graphs.capture_wanted() and not graphs.capture_wanted()
+    assert not graphs.capture_next() and graphs.run(step) is None
+    assert not graphs.capture_next() and graphs.run(step) is None, "what came once may not come again"
+    assert graphs.capture_next() and not graphs.capture_next()
     assert torch.equal(pages, before), "capturing runs on padding"
     assert graphs.run(step) is not None

@@ -86,9 +86,11 @@ def test_answers_come_before_prompts() -> None:
     world = World(4, max_batch_tokens=8, max_running=3)
     first = world.generation([6], max_tokens=30)
     world.add(first)
+    assert [type(event) for event in world.step()] == [Admitted], "it may look for its sources during the next pass"
     world.step()
     long = world.generation([60], max_tokens=1)
     world.add(long)
+    assert [type(event) for event in world.step()] == [Admitted]
     for _ in range(8):
         before = len(world.results[first.request_id].tokens)
         world.step()
@@ -193,7 +195,7 @@ def test_end_of_sequence_and_length() -> None:
     world.engine.runner.launch = lambda step, params, draws: drawn
     events = []
     world.engine.add(ends, 0.0)
-    events += world.engine.step(0.0)
+    events += world.engine.step(0.0) + world.engine.step(0.0)  # admitted, and computed
     world.engine.add(generation, 0.0)
     while world.engine.has_work():
         events += world.engine.step(0.0)
@@ -223,6 +225,7 @@ def test_a_few_rows_before_a_missing_source_wait_for_it() -> None:
     for generation in (short, long):
         world.add(generation)
     world.step()
+    world.step()
     assert world.engine._sequences[short.request_id].num_computed == 0
     assert world.engine._sequences[long.request_id].num_computed == 300
     assert not world.engine.has_work()
@@ -247,3 +250,23 @@ def test_records_that_others_wait_for_are_completed() -> None:
     assert first.finish is second.finish is FinishReason.LENGTH
     assert [event.span_index for event in (*first.recorded, *second.recorded)] == [0, 0]
     world.assert_idle()
+
+
+def test_idle_work_waits_until_nobody_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose picture is on its way gives the engine nothing to do, but it does wait."""
+    world = pictures(World(1))
+    asked: list[bool] = []
+    monkeypatch.setattr(world.engine.runner, "prepare", lambda: bool(asked.append(True)))
+    waiting = world.generation([3, "b", 2])
+    world.add(waiting)
+    while world.engine.has_work():
+        world.step()
+    assert not world.engine.idle() and not asked
+    world.drive()
+    assert not world.engine.idle() and asked, "asked, and there was nothing to do"
+    parked = world.generation([3, "a", 2], max_tokens=4)
+    world.add(parked, Mode.PREFILL)
+    world.drive()
+    assert not world.engine.idle() and len(asked) == 1, "a decode worker is about to take it over"
+    world.engine.release(parked.request_id)
+    assert not world.engine.idle() and len(asked) == 2

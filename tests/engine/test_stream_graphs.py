@@ -11,7 +11,8 @@ from test_streaming import generation, with_objects
 
 from vlcache_dist.bench.shapes import model_config, random_models
 from vlcache_dist.engine.batch import ChunkWork, SpanWork, build_step
-from vlcache_dist.engine.graphs import PaddedStep, pad_step, padded_logits, shape_for
+from vlcache_dist.engine.graph_shapes import shape_for
+from vlcache_dist.engine.graphs import PaddedStep, pad_step, padded_logits
 from vlcache_dist.engine.stream_graphs import GroupedForward, padded_group
 
 
@@ -64,7 +65,8 @@ def test_replayed_groups_equal_launched_ones() -> None:
     written = pages.clone()
     edges = tuple(text.num_layers * i // 4 for i in range(5))
     graphs = GroupedForward(language, pages, arena)
-    assert graphs.begin(step, edges) is None, "the first time it is launched kernel by kernel"
+    assert graphs.begin(step, edges) is None and graphs.begin(step, edges) is None, "nobody waits for a capture"
+    assert graphs.capture_next() and not graphs.capture_next()
     for _ in range(3):
         pages.zero_()
         replay = graphs.begin(step, edges)

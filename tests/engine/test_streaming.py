@@ -13,7 +13,7 @@ from engine_cases import Result, World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_dist.engine.api import Compute, Mode, Reuse
+from vlcache_dist.engine.api import Compute, Mode, PrefillDone, Reuse, TokenEvent
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.types import KVSource, ObjectKind, ReuseMode
@@ -208,6 +208,23 @@ def test_layers_are_computed_as_they_arrive() -> None:
         assert (written[: layer + 1] > 0).all() and (written[layer + 1 :] == 0).all()
         assert sequence.num_computed == 0
     site.finish()
+    site.assert_idle()
+
+
+def test_the_first_token_does_not_wait_for_the_second() -> None:
+    """A worker that decodes as well tells the token of a streamed pass before it begins the next pass."""
+    site = streaming()
+    begun(site)
+    for arrival in site.arrivals:
+        while arrival.landed < len(arrival.groups) - 1:
+            site.land(arrival)
+    site.step()
+    for arrival in site.arrivals:
+        site.admit(arrival)
+    passes = site.engine.stats().steps
+    assert [type(event) for event in site.step()] == [PrefillDone, TokenEvent]
+    assert site.engine.stats().steps == passes + 1
+    site.drive()
     site.assert_idle()
 
 

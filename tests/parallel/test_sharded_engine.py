@@ -8,6 +8,9 @@ import torch
 from sharded_world import CONFIG, World, sharded_world
 
 from vlcache_dist.engine.api import Import, Mode
+from vlcache_dist.engine.lazy import Traffic
+from vlcache_dist.engine.runner import Runner
+from vlcache_dist.engine.warmup import warm_up
 from vlcache_dist.types import ObjectKind
 
 
@@ -35,6 +38,18 @@ def test_kv_logits_and_tokens_equal_those_of_one_rank(size: int, monkeypatch: py
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
         assert world.engine.stats() == alone.engine.stats()
         world.assert_idle()
+
+
+def test_every_rank_warms_up_for_the_same_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled and graphs planned in a model that sums over the ranks: nobody may be missing."""
+    told: list[Traffic] = []
+    monkeypatch.setattr(Runner, "expect", lambda self, traffic: told.append(traffic))
+    with sharded_world(2, monkeypatch) as sharded:
+        warm_up(sharded.world.engine, decodes=False)
+        assert not sharded.world.engine.idle()
+        sharded.world.engine.runner.synchronize()
+        assert len(told) == 2 and told[0] == told[1] and not told[0].decodes
+        sharded.world.assert_idle()
 
 
 def test_what_is_recorded_is_every_ranks_heads(monkeypatch: pytest.MonkeyPatch) -> None:

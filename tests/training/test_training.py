@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from training.batches import CELL_FIELDS, Encoder, cells, collate, draw_grids, positions, stream, validation
+from training.batches import CELL_FIELDS, Encoder, cells, collate, positions, shapes, stream, validation
 from training.export import MAX_BYTES, TEMPLATE, export, fresh_model
 from training.network import MEAN, STD, atlas, forward, paint
-from training.tasks import TRAIN_SEEDS, VALIDATION_SEEDS, WEIGHTS, Draw, families, sample
+from training.tasks import TRAIN_SEEDS, VALIDATION_SEEDS, WEIGHTS, Draw, dense, families, sample
 from training.train import Trainer
 from vlcache_dist.demo.pictures import paint as paint_scene
 from vlcache_dist.evaluate.cases import Shown
@@ -101,19 +101,19 @@ def test_the_network_is_transformers_model(encoder: Encoder) -> None:
             {n.removeprefix(p): w for n, w in model.named_parameters() if n.startswith(p)}
             for p in ("model.visual.", "model.language_model.")
         ]
-        logits, tokens = forward(model.config, *parts, batch, sprites, noise=False)
+        seen = forward(model.config, *parts, batch, sprites, noise=False)
         pixels = [paint(c.flatten(0, 1), sprites, noise=False) for c in batch.cells]
         doubled = [p.view(-1, 3, 1, 196).expand(-1, 3, 2, 196).reshape(-1, 1176) for p in pixels]
         grids = [[1, 2 * rows_, 2 * columns] for rows_, columns in batch.grids for _ in range(2)]
-        seen = model.model.visual(torch.cat(doubled), torch.tensor(grids))
-        theirs = getattr(seen, "pooler_output", seen)
+        theirs = model.model.visual(torch.cat(doubled), torch.tensor(grids))
+        theirs = getattr(theirs, "pooler_output", theirs)
         theirs = torch.cat(list(theirs)) if isinstance(theirs, tuple | list) else theirs
-        assert torch.allclose(tokens, theirs, atol=2e-4), (tokens - theirs).abs().max()
+        assert torch.allclose(seen.tokens, theirs, atol=2e-4), (seen.tokens - theirs).abs().max()
         x = model.model.language_model.embed_tokens(batch.ids)
-        x = x.flatten(0, 1).index_copy(0, batch.vision, tokens).view(x.shape)
+        x = x.flatten(0, 1).index_copy(0, batch.vision, seen.tokens).view(x.shape)
         out = model.model.language_model(inputs_embeds=x, position_ids=batch.positions).last_hidden_state
         expected = model.lm_head(out.flatten(0, 1)[batch.learn])
-    assert torch.allclose(logits, expected, atol=2e-3), (logits - expected).abs().max()
+    assert torch.allclose(seen.logits, expected, atol=2e-3), (seen.logits - expected).abs().max()
 
 
 def test_a_few_steps_learn_something_resume_and_export(tmp_path: Path) -> None:
@@ -141,14 +141,68 @@ def test_a_few_steps_learn_something_resume_and_export(tmp_path: Path) -> None:
     checkpoint.load_vision_tower("cpu", torch.float32)
 
 
-def test_sizes_grow_with_hardness(encoder: Encoder) -> None:
-    rng = random.Random(0)
-    easy, hard = ([draw_grids(rng, h) for _ in range(300)] for h in (0.0, 1.0))
-    assert all(len(g) == 1 for g in easy) and {len(g) for g in hard} == {1, 2, 3}
-    assert {s for g in hard for grid in g for s in grid} == set(range(4, 13))
-    batch = next(stream(encoder, 1, 2000, 1.0))
-    assert len(batch.learn) and int(batch.learn.max()) < batch.ids.numel()
-    assert batch.vision.numel() == len(batch.ids) * sum(a * b for a, b in batch.grids)
+def test_batches_have_few_shapes_of_all_sizes(encoder: Encoder) -> None:
+    known = shapes(4000)
+    assert {side for many in known.values() for shape in many for grid in shape.grids for side in grid} == set(
+        range(4, 13)
+    )
+    assert all(len(shape.grids) == count for count, many in known.items() for shape in many)
+    easy, hard = stream(encoder, 1, 1000, 0.0), stream(encoder, 1, 2000, 1.0)
+    assert {tuple(next(easy).grids) for _ in range(6)} == {((8, 8),)}
+    seen = {}
+    for _ in range(30):
+        batch = next(hard)
+        assert batch.learn.unique().numel() == len(batch.learn) and int(batch.learn.max()) < batch.ids.numel()
+        learnt = batch.target >= 0
+        assert torch.equal(batch.ids.flatten()[batch.learn + 1][learnt], batch.target[learnt])
+        assert int(batch.answer.max()) <= len(batch.families)
+        assert batch.vision.numel() == len(batch.ids) * sum(a * b for a, b in batch.grids)
+        assert seen.setdefault(batch.shape, [t.shape for t in batch.tensors]) == [t.shape for t in batch.tensors]
+    assert {len(b) - 3 for b in seen} == {1, 2, 3}
+
+
+def test_places_are_told_to_the_early_layers(encoder: Encoder) -> None:
+    scene_ = Shown("form", 3, 4, 6).scene()
+    _, aux = cells(scene_)
+    aux = aux.reshape(4, 6, -1)
+    assert (aux[:, 1:, 3:5] == aux[:, :-1, :2]).all() and not aux[:, 0, 3:5].any()
+    assert (aux[:, :, 5] == aux[:, :1, 0]).all() and (aux[:, :, 6] == aux[:1, :, 0]).all()
+    assert (aux[2, :, 7] == 2).all() and (aux[:, 5, 8] == 5).all()
+
+
+def test_dense_answers_read_in_order() -> None:
+    scene_ = Shown("form", 3, 4, 6).scene()
+    row = {s.column: s.name for s in scene_.sprites if s.row == scene_.sprites[0].row}
+    facts = {f.question: f.answer for f in dense(scene_, True)}
+    first = f"Read row {scene_.sprites[0].row + 1}."
+    assert facts[first] == " ".join(row[c] for c in sorted(row)) and facts["Read all."].startswith(facts[first])
+    shapes_ = dense(Shown("shapes", 4, 6, 8).scene(), False)
+    assert all(f.answer.count(",") == 3 for f in shapes_) and "Read all." not in {f.question for f in shapes_}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_replayed_step_is_the_step(tmp_path: Path, encoder: Encoder) -> None:
+    """Three batches of one shape: kernel by kernel, recorded, replayed; against a trainer that records nothing. The
+    pictures' noise differs, so only the course of the loss is compared."""
+    losses = []
+    for graphed in (True, False):
+        options = {"seconds": 3600.0, "rate": 1e-3, "tokens": 4096, "workers": 0, "seed": 1, "device": "cuda"}
+        trainer = Trainer(tmp_path / str(graphed), **options)
+        trainer.one_step._graphed = graphed
+        batches = stream(encoder, 3, 4096, 0.0)
+        shape = None
+        found = []
+        while len(found) < 6:
+            batch = next(batches)
+            shape = shape or batch.shape
+            if batch.shape == shape:
+                trainer._set_rates()
+                trainer.step += 50
+                found.append(trainer.one_step(batch).item())
+        assert trainer.one_step.graphs == int(graphed)
+        losses.append(found)
+    assert np.allclose(losses[0], losses[1], rtol=0.05), losses
 
 
 def test_export_refuses_what_is_too_large(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:

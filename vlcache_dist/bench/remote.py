@@ -1,10 +1,11 @@
 """Time to first token when the image's KV lies on another GPU: a prefill worker as the system runs it, with random
 weights, that holds images or reads them from another one.
 
-Clocks. *Local* and *remote* warm requests go the same way: ``PrefillWorker.prefill``, from a tokenized prompt to the
-first token on the event loop, admission, resolving and all thread hops included. Local: KV and encoder output are in
-the own store. Remote: neither is; the directory is asked, leases are taken, KV and the recomputed rows' encoder output
-are read from the other worker. Every request has a text of its own. *Fetch*: one image's KV from lease to admission,
+Clocks. *Local* and *remote* warm requests go the same way: the directory is asked, as the ingress does for every
+request, and ``PrefillWorker.prefill`` is told what it said; from a tokenized prompt to the first token on the event
+loop, admission, resolving and all thread hops included. Local: KV and encoder output are in the own store. Remote:
+neither is; leases are taken, KV and the recomputed rows' encoder output are read from the other worker. Every request
+has a text of its own. *Fetch*: one image's KV from lease to admission,
 without computing on it. The trace of a remote request says when each group of layers landed (host clock) and when it
 was computed (CUDA events on the same scale): *hidden* is the share of the time from the first READ to the last landing
 in which the GPU computed.
@@ -30,6 +31,7 @@ from vlcache_dist.bench.shapes import model_config, random_models
 from vlcache_dist.config import EngineSettings
 from vlcache_dist.engine.api import EngineStats
 from vlcache_dist.engine.build import build_engine, build_store, kv_layout
+from vlcache_dist.engine.engine import Engine
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.worker import PrefillWorker
@@ -167,6 +169,8 @@ class BenchWorker:
             if source is KVSource.REMOTE:
                 self._drop(span.key)
             took.append((await self._first_token(span, plan, source))[1])
+            if len(took) <= WARM_UP:
+                await self.worker._bridge.call(_use_idle_time)
             await asyncio.sleep(0.002)
         return took[WARM_UP:]
 
@@ -217,8 +221,10 @@ class BenchWorker:
         """Run one request: its first token and the milliseconds until then. RuntimeError if its KV came from elsewhere
         than ``source``."""
         started = time.perf_counter()
+        states = await self.worker.node.lookup([span.key for span in generation.spans])
+        message = wire.Prefill(generation, NO_MEDIA, TIMEOUT_S, tuple(states))
         async with contextlib.aclosing(
-            self.worker.prefill(wire.Prefill(generation, NO_MEDIA, TIMEOUT_S), _no_call())  # type: ignore[type-var]
+            self.worker.prefill(message, _no_call())  # type: ignore[type-var]
         ) as replies:
             reply = await anext(replies)
             took = (time.perf_counter() - started) * 1e3
@@ -355,6 +361,12 @@ def hidden_share(trace: dict[str, Any]) -> float | None:
 def _span(key: bytes, tokens: int, start: int) -> MediaSpan:
     side = max(2, round(tokens**0.5 / 4) * 4)
     return MediaSpan(key, start, side * side, (1, 2 * side, 2 * side))
+
+
+def _use_idle_time(engine: Engine) -> None:
+    """Capture what would be captured while nobody waits."""
+    while engine.idle():
+        pass
 
 
 def _no_call() -> Call:

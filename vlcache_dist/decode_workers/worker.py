@@ -66,6 +66,7 @@ class DecodeWorker:
         return {
             "engine": msgspec.to_builtins(stats),
             "kv_bytes": self.engine.runner.pages.nbytes,
+            "graphs": msgspec.to_builtins(self.engine.runner.graph_report()),
             "images_fetched": self._images_fetched,
             "handoff_bytes": self._handoff_bytes,
         }

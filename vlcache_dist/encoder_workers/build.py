@@ -15,4 +15,4 @@ def build_encoder(settings: Settings, site: Site, transport: TransportFactory = 
     node = make_node(settings, site, Role.ENCODER, model, transport)
     tower = model.checkpoint.load_vision_tower(model.placement.device, model.placement.torch_dtype)
     processor = MediaProcessor.from_folder(model.checkpoint.folder, settings.media)
-    return EncoderWorker(node, tower.forward, processor)
+    return EncoderWorker(node, tower, processor, graph_start_s=settings.engine.graph_start_s)

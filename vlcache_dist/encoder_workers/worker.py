@@ -6,12 +6,13 @@ Plain Python over a ``Node``; the Ray actor around it is in ``actor.py``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -28,17 +29,32 @@ from vlcache_dist.errors import (
 )
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.media import MediaItem, MediaProcessor, Patches
+from vlcache_dist.model.graph_policy import GraphReport
 from vlcache_dist.node import Node
 from vlcache_dist.rpc import Call
 from vlcache_dist.types import ContentKey, MediaSpan, ObjectKind
 
 log = logging.getLogger(__name__)
+IDLE_SHARE = 0.05  #: of the time that may be used when nobody waits: who comes meanwhile does wait
+T = TypeVar("T")
 
 
 class Tower(Protocol):
-    """patches [N, C*T*P*P] of all pictures, packed, and their grids -> embeddings [tokens, hidden]."""
+    """What the worker needs of a vision tower; one thread at a time."""
 
-    def __call__(self, patches: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> torch.Tensor: ...
+    def forward(self, patches: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+        """patches [N, C*T*P*P] of all pictures, packed, and their grids -> embeddings [tokens, hidden]."""
+        ...
+
+    def warm_up(self, graph_s: float) -> None:
+        """What happens once happens now; capturing graphs may take ``graph_s`` seconds."""
+        ...
+
+    def prepare(self) -> bool:
+        """Use the time in which nobody waits; False if there is nothing to do with it."""
+        ...
+
+    def graph_report(self) -> GraphReport | None: ...
 
 
 @dataclass(slots=True)
@@ -56,7 +72,8 @@ class _Task:
 class EncoderWorker:
     """Owns the vision tower. Encoding is single flight per content key; a picture that fails, fails alone.
 
-    ``max_patches`` bounds one forward pass, ``max_waiting_tokens`` the queue (above it: Overloaded).
+    ``graph_start_s``: see ``config``. ``max_patches`` bounds one forward pass, ``max_waiting_tokens`` the queue (above
+    it: Overloaded).
     """
 
     def __init__(
@@ -65,12 +82,14 @@ class EncoderWorker:
         tower: Tower,
         processor: MediaProcessor,
         *,
+        graph_start_s: float = 0.0,
         max_patches: int = 16_384,
         max_waiting_tokens: int = 262_144,
     ) -> None:
         self.node = node
         self._tower = tower
         self._processor = processor
+        self._graph_start_s = graph_start_s
         self._scheduler = EncodeScheduler(max_patches)
         self._max_waiting_tokens = max_waiting_tokens
         self._tasks: dict[ContentKey, _Task] = {}
@@ -87,6 +106,7 @@ class EncoderWorker:
         node.on_health(lambda: self._crashed is None)
 
     async def start(self) -> None:
+        await self._in_device(self._tower.warm_up, self._graph_start_s)
         await self.node.start()
         self.node.spawn(self._encode_forever())
 
@@ -104,7 +124,13 @@ class EncoderWorker:
         )
 
     def status(self) -> dict[str, object]:
-        return {"encoded_items": self.num_encoded, "encoded_tokens": self.encoded_tokens, "busy_s": self.busy_s}
+        graphs = self._tower.graph_report()
+        return {
+            "encoded_items": self.num_encoded,
+            "encoded_tokens": self.encoded_tokens,
+            "busy_s": self.busy_s,
+            "graphs": None if graphs is None else asdict(graphs),
+        }
 
     async def encode(self, message: wire.Encode, call: Call) -> wire.Encoded:
         """Handler of ``wire.Encode``: answers when the encoder output is committed here."""
@@ -182,7 +208,12 @@ class EncoderWorker:
     async def _encode_forever(self) -> None:
         try:
             while True:
-                await self._wake.wait()
+                while not self._wake.is_set():
+                    started = time.perf_counter()
+                    more = await self._in_device(self._tower.prepare)
+                    pause = (time.perf_counter() - started) * (1 / IDLE_SHARE - 1)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._wake.wait(), pause if more else None)
                 self._wake.clear()
                 while batch := self._scheduler.next_batch():
                     await self._encode_batch([self._tasks[job.key] for job in batch])
@@ -196,7 +227,7 @@ class EncoderWorker:
         """One forward pass; if it fails with several pictures, each is tried alone."""
         started = time.perf_counter()
         try:
-            extents = await asyncio.get_running_loop().run_in_executor(self._device, self._run, tasks)
+            extents = await self._in_device(self._run, tasks)
         except Exception as error:
             if len(tasks) > 1:
                 log.warning("a batch of %d pictures failed (%s); trying them one by one", len(tasks), error)
@@ -215,11 +246,15 @@ class EncoderWorker:
             self.node.announce(extent)
             self._finish(task, None, extent)
 
+    async def _in_device(self, function: Callable[..., T], *arguments: Any) -> T:
+        """``function`` of ``arguments`` in the tower's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._device, function, *arguments)
+
     def _run(self, tasks: list[_Task]) -> list[Extent]:
         """In the tower's thread: forward pass, then into the store."""
         patches = [task.patches for task in tasks if task.patches is not None]
         packed = torch.cat([torch.from_numpy(p.values) for p in patches])
-        out = self._tower(packed, [p.grid for p in patches])
+        out = self._tower.forward(packed, [p.grid for p in patches])
         extents: list[Extent] = []
         row = 0
         for task in tasks:

@@ -115,6 +115,7 @@ def build_engine(
             max_running=settings.max_sequences,
             max_waiting=MAX_WAITING,
             max_model_len=limit if max_model_len is None else min(limit, max_model_len),
+            graph_start_s=settings.graph_start_s,
         ),
         config,
         runner,

@@ -18,6 +18,7 @@ from vlcache_dist.errors import EngineError, VLCacheError, WorkerLost
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+IDLE_SHARE = 0.05  #: of the time that an engine may use when nobody waits: who comes meanwhile does wait
 
 
 class SteppingEngine(Protocol):
@@ -52,6 +53,7 @@ class EngineDriver:
         self._closing = False
         self.crashed: BaseException | None = None
         self.busy_s = 0.0
+        self._idle_at = 0.0  # not to be idle before
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -113,10 +115,14 @@ class EngineDriver:
             with self._wake:
                 if self._over or self._calls or self.engine.has_work():
                     return not self._over
-                if prepared:
-                    self._wake.wait()
+                pause = self._idle_at - time.monotonic()
+                if prepared or pause > 0:
+                    self._wake.wait(None if prepared else pause)
                     continue
+            started = time.monotonic()
             prepared = not self.engine.idle()
+            now = time.monotonic()
+            self._idle_at = now + (now - started) * (1 / IDLE_SHARE - 1)
 
     @property
     def _over(self) -> bool:

@@ -64,13 +64,14 @@ MAX_FAILED_STEPS = 3  #: in a row; then the device is taken for broken and ``ste
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """``max_batch_tokens`` rows per step, ``max_running`` admitted and ``max_waiting`` queued requests,
-    ``max_model_len`` tokens of prompt and answer."""
+    ``max_model_len`` tokens of prompt and answer. ``graph_start_s``: seconds for capturing graphs in ``warm_up``."""
 
     block_size: int
     max_batch_tokens: int
     max_running: int
     max_waiting: int
     max_model_len: int
+    graph_start_s: float = 0.0
 
 
 def new_variant() -> Variant:
@@ -230,14 +231,17 @@ class Engine:
     # -- the loop -----------------------------------------------------------------------------------------------
 
     def step(self, now: float) -> list[Event]:
-        """Admit, run one forward pass, return what happened. Device work that events speak of is finished. Raises
-        EngineError when several passes in a row have failed: the device must be taken for broken."""
+        """Admit, run one forward pass, return what happened. Device work that events speak of is finished. What
+        happened before the pass is returned without it: a token, or a request that looks for its sources, is not to
+        wait for other requests' tokens. Raises EngineError when several passes in a row have failed: the device must be
+        taken for broken."""
         self._admit(now)
         self._advance_stream(now)
-        work = self._scheduler.schedule()
-        self._scheduler.hold_back = True
-        if work:
-            self._run(work, now)
+        if not self._events:
+            work = self._scheduler.schedule()
+            self._scheduler.hold_back = True
+            if work:
+                self._run(work, now)
         events, self._events = self._events, []
         return events
 
@@ -250,8 +254,9 @@ class Engine:
         return not self._no_blocks and self._scheduler.next_waiting() is not None
 
     def idle(self) -> bool:
-        """Use the time in which nobody waits; False if there is nothing to do with it."""
-        return self._stream is None and self.runner.prepare()
+        """Use the time in which nobody waits; False if there is nothing to do with it, or if some request is here: its
+        source, or who takes it over, may come any moment."""
+        return not self._sequences and (self.runner.prepare() or self._streamer.prepare())
 
     def _admit(self, now: float) -> None:
         while (sequence := self._scheduler.next_waiting()) is not None:
@@ -324,6 +329,7 @@ class Engine:
                 stream.look = self._verdicts.look(sequence)
             if not stream.admitted:
                 return
+            sequence.offer(self.prefix, chunk.end)  # while the device computes, as in ``_run``
             tokens, logprobs = stream.result().result()
             ratios = None if stream.look is None else stream.look.ratios()
         except WorkerLost:
@@ -333,7 +339,6 @@ class Engine:
             return
         self._stream, sequence.streaming = None, False
         self._passed([(sequence, chunk)], stream.step)
-        sequence.offer(self.prefix, chunk.end)
         for token, logprob in zip(tokens, logprobs, strict=True):
             if stream.look is not None and ratios is not None:
                 if self._settle(sequence, stream.look, ratios, (token, logprob), now):

@@ -1,10 +1,9 @@
 """Forward passes replayed from CUDA graphs: decode, warm prefill, and cold prefill of small images.
 
 A warm prefill of a few hundred rows takes some 5 ms on the GPU and three times as long to launch kernel by kernel; in a
-graph the launches cost nothing. A graph is captured for a *shape*, and a step is padded to the least shape that holds
-it. Padding rows write nowhere (slot -1) and attend to block 0, which is finite whatever it holds. Capturing takes ten
-times as long as a step, so it is done before the first request (decode, ``warm_up``), when the engine is idle (shapes
-that were used), or at the third use; until then a step is launched kernel by kernel.
+graph the launches cost nothing. A graph is captured for a *shape* (``engine.graph_shapes``), and a step is padded to a
+shape that holds it. Padding rows write nowhere (slot -1) and attend to block 0, which is finite whatever it holds.
+Which shapes are captured, and when, says ``model.graph_policy``: never while somebody waits.
 
 Scattering the reused tokens, recording, and drawing the likeliest tokens are in the graph, so that such a step is one
 copy to the device, one launch and one copy back. Only steps in which every row goes through every layer qualify
@@ -15,58 +14,26 @@ large passes, whose kernels hide the launches.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from vlcache_dist.engine.batch import StepBatch
+from vlcache_dist.engine.graph_shapes import Shape, cost, holds, launched_rows, shape_for, worthwhile
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
 from vlcache_dist.model.capture import captured
+from vlcache_dist.model.graph_policy import GraphPolicy, GraphReport
 from vlcache_dist.model.language import LanguageModel
 from vlcache_dist.model.upload import FixedInputs
 
 log = logging.getLogger(__name__)
 
-ROWS = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, 1025, 32), *range(1152, 2049, 128))
-SAMPLES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  #: multiples of few, to be captured ahead
 MAX_GRAPHS = 192
-LEAST_KEYS = 2048  #: and more than any padding
-LEAST_NEAR_KEYS = 256
-LEAST_SCATTER = 256
-FAR_STEP = 16  #: sampled and far rows together are padded to a multiple of it
-PATIENCE = 3  #: uses after which a shape is captured although somebody waits
-_REMEMBERED = 1024  #: shapes without a graph
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a graph is captured for: ``rows``, the first ``samples`` of which are sampled, ``far`` more that see many
-    keys, and the rest, near ones (see ``model.batch``); the segments of far and near rows, sampled ones apart, with
-    bounds of queries and keys; reused tokens that are scattered first; whether rows are recorded."""
-
-    rows: int
-    samples: int
-    far: int
-    far_segments: int
-    far_max_q: int
-    max_kv: int
-    near_segments: int
-    near_max_q: int
-    near_max_kv: int
-    scatter: int
-    recording: bool
-
-    @property
-    def segments(self) -> int:
-        return self.samples + self.far_segments + self.near_segments
-
-    @property
-    def near(self) -> int:
-        return self.rows - self.samples - self.far
 
 
 @dataclass(slots=True)
@@ -113,42 +80,6 @@ class PaddedStep:
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
-
-
-def shape_for(step: StepBatch) -> Shape | None:
-    """The least shape that holds a step; None if it must be launched kernel by kernel."""
-    rows, samples = len(step.token_ids), step.num_samples
-    if not samples or rows > ROWS[-1] or step.rows_q[-1] != samples:
-        return None
-    if any(n != rows for n in step.rows_kv) or any(n != rows for n in step.rows_q[:-1]):
-        return None
-    padded_samples = _at_least(samples, SAMPLES)
-    if padded_samples is None:
-        return None
-    far, near = step.far_rows - samples, rows - step.far_rows
-    if near:
-        far = -(-(padded_samples + far) // FAR_STEP) * FAR_STEP - padded_samples
-    padded_rows = _at_least(padded_samples + far + near, ROWS) if far + near else padded_samples
-    if padded_rows is None:
-        return None
-    if not near:
-        far = padded_rows - padded_samples
-    near_padded = padded_rows - padded_samples - far
-    lengths = np.diff(step.cu_q)
-    scatter = len(step.scatter_src)
-    return Shape(
-        rows=padded_rows,
-        samples=padded_samples,
-        far=far,
-        far_segments=_power_of_two(step.far_segs - samples + 1) if far else 0,
-        far_max_q=_power_of_two(max(lengths[samples : step.far_segs].max(initial=1), far - step.far_rows + samples)),
-        max_kv=max(LEAST_KEYS, _power_of_two(step.max_kv)),
-        near_segments=_power_of_two(len(lengths) - step.far_segs + 1) if near else 0,
-        near_max_q=_power_of_two(max(lengths[step.far_segs :].max(initial=0), near_padded - near)) if near else 0,
-        near_max_kv=max(LEAST_NEAR_KEYS, _power_of_two(step.kv_len[step.far_segs :].max())) if near else 0,
-        scatter=max(LEAST_SCATTER, _power_of_two(scatter)) if scatter else 0,
-        recording=bool((step.record_base >= 0).any()),
-    )
 
 
 def pad_step(step: StepBatch, shape: Shape, into: PaddedStep) -> None:
@@ -219,18 +150,6 @@ def fill_padding(shape: Shape, into: PaddedStep) -> None:
     into.cu_q[near_segment:] = np.linspace(near_start, shape.rows, shape.near_segments + 1)
     into.near_cu[:] = into.cu_q[near_segment:] - near_start
     into.kv_len[:] = np.diff(into.cu_q)
-
-
-def decode_shapes(max_batch: int, max_keys: int) -> list[Shape]:
-    """The shapes of decode steps of up to ``max_batch`` sequences of up to ``max_keys`` tokens."""
-    bounds = [LEAST_KEYS << i for i in range(_power_of_two(-(-max_keys // LEAST_KEYS)).bit_length())]
-    last = _at_least(min(max_batch, SAMPLES[-1]), SAMPLES)
-    return [
-        Shape(rows, rows, 0, 0, 1, keys, 0, 0, 0, scatter=0, recording=False)
-        for keys in bounds
-        for rows in SAMPLES
-        if last is not None and rows <= last
-    ]
 
 
 @torch.inference_mode()
@@ -309,66 +228,58 @@ class _Graph:
 
 
 class GraphedForward:
-    """Graphs of one model over one set of pages and one arena, the least recently used given up beyond ``MAX_GRAPHS``.
-    One thread owns it."""
+    """Graphs of one model over one set of pages and one arena. One thread owns it."""
 
     def __init__(self, model: LanguageModel, pages: torch.Tensor, arena: torch.Tensor) -> None:
         self._model = model
         self._pages = pages
         self._arena = arena
-        self._graphs: OrderedDict[Shape, _Graph | None] = OrderedDict()  # None: there was no memory for it
-        self._wanted: OrderedDict[Shape, int] = OrderedDict()  # how often each was used without a graph
+        self._policy: GraphPolicy[Shape] = GraphPolicy(partial(pays, launched_by(model)), cost, MAX_GRAPHS)
+        self._graphs: dict[Shape, _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, step: StepBatch) -> Replayed | None:
         """The whole step, scattering included; None, and nothing is done, if it must be launched kernel by kernel."""
-        shape = shape_for(step)
+        least = shape_for(step)
+        shape = None if least is None else self._policy.use(least)
         if shape is None:
             return None
-        if shape not in self._graphs:
-            uses = self._wanted[shape] = self._wanted.pop(shape, 0) + 1
-            if len(self._wanted) > _REMEMBERED:
-                self._wanted.popitem(last=False)
-            if uses < PATIENCE:
-                return None
-            self.capture(shape)
         graph = self._graphs[shape]
-        self._graphs.move_to_end(shape)
-        if graph is None:
-            return None
         graph.inputs.wait()
         pad_step(step, shape, PaddedStep(*graph.inputs.arrays))
         graph.inputs.send()
         graph.graph.replay()
         return Replayed(graph.logits[: step.num_samples], graph.likeliest[: step.num_samples])
 
-    def capture_wanted(self) -> bool:
-        """Capture the shape that was asked for last; False if none is wanted. What an engine does when it is idle."""
-        if not self._wanted:
-            return False
-        self.capture(next(reversed(self._wanted)))
-        return True
+    def plan(self, shapes: Iterable[Shape]) -> None:
+        """Capture these too, when ``capture_next`` comes to them."""
+        self._policy.plan(shapes)
 
-    def capture(self, shape: Shape) -> None:
-        """Make the shape's graph unless it is there. Runs padding through the model once, for the sake of lazy
-        compilation: that writes nothing to pages and arena."""
-        self._wanted.pop(shape, None)
-        if shape in self._graphs:
-            return
+    def capture_next(self) -> bool:
+        """Capture one graph; False if none is wanted. Runs padding through the model once, for the sake of lazy
+        initialization: that writes nothing to pages and arena."""
+        shape = self._policy.next()
+        if shape is None:
+            return False
         log.info("capturing %s", astuple(shape))
-        if len(self._graphs) >= MAX_GRAPHS:
+        if (old := self._policy.make_room()) is not None:
             torch.cuda.synchronize()
-            self._graphs.popitem(last=False)
+            del self._graphs[old]
+        started = time.perf_counter()
         try:
             self._graphs[shape] = self._make(shape)
         except torch.OutOfMemoryError as error:
             log.warning("no memory for the graph of %s, such steps are launched kernel by kernel: %s", shape, error)
-            self._graphs[shape] = None
+            self._policy.give_up(shape)
+        else:
+            self._policy.captured(shape, time.perf_counter() - started)
+        return True
+
+    def report(self) -> GraphReport:
+        return self._policy.report()
 
     def _make(self, shape: Shape) -> _Graph:
-        inputs = FixedInputs(PaddedStep.empty(shape, self._pages.shape[3]).arrays(), self._pages.device)
-        fill_padding(shape, PaddedStep(*inputs.arrays))
-        inputs.send()
+        inputs = padding(shape, self._pages)
         graph, (logits, likeliest) = captured(lambda: self._forward(inputs, shape), self._pool)
         return _Graph(inputs, graph, logits, likeliest)
 
@@ -377,9 +288,20 @@ class GraphedForward:
         return logits, logits.argmax(-1)
 
 
-def _at_least(count: int, sizes: Sequence[int]) -> int | None:
-    return next((size for size in sizes if size >= count), None)
+def padding(shape: Shape, pages: torch.Tensor) -> FixedInputs:
+    """Inputs of a graph over ``pages``, on the device, that hold padding alone."""
+    inputs = FixedInputs(PaddedStep.empty(shape, pages.shape[3]).arrays(), pages.device)
+    fill_padding(shape, PaddedStep(*inputs.arrays))
+    inputs.send()
+    return inputs
 
 
-def _power_of_two(count: int | np.integer) -> int:
-    return 1 << max(int(count) - 1, 0).bit_length()
+def launched_by(model: LanguageModel) -> int:
+    """Rows that take as long as launching one of the model's layers."""
+    layer = model.layers[0]
+    return launched_rows(sum(weight.numel() for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)))
+
+
+def pays(launched: int, graph: Shape, step: Shape) -> bool:
+    """True if such a step is to be replayed from ``graph`` rather than launched."""
+    return holds(graph, step) and worthwhile(graph, step, launched)

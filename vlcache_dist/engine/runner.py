@@ -13,10 +13,13 @@ import torch
 
 from vlcache_dist import kernels
 from vlcache_dist.engine.batch import StepBatch
-from vlcache_dist.engine.graphs import GraphedForward, decode_shapes
+from vlcache_dist.engine.graph_shapes import decode_shapes, prefill_shapes
+from vlcache_dist.engine.graphs import GraphedForward
+from vlcache_dist.engine.lazy import Traffic, compile_ahead
 from vlcache_dist.kv.arena import Arena
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
+from vlcache_dist.model.graph_policy import GraphReport
 from vlcache_dist.model.language import LanguageModel
 from vlcache_dist.model.sampler import Sampled, SamplingBatch, sample
 from vlcache_dist.model.upload import upload
@@ -69,15 +72,21 @@ class Runner:
         scatter, batch = ScatterBatch.from_step(step, self.device), ForwardBatch.from_step(step, self.device)
         return self.model.forward(batch, self.pages, self.arena.tensor, scatter)
 
-    def prepare_decode(self, max_batch: int, max_keys: int) -> None:
-        """Capture the graphs of decode steps before somebody waits for them."""
+    def expect(self, traffic: Traffic) -> None:
+        """Compile and load what steps of this kind use, and plan their graphs, which ``prepare`` captures."""
+        compile_ahead(self.model, self.pages, self.arena.tensor, traffic)
         if self._graphs is not None:
-            for shape in decode_shapes(max_batch, max_keys):
-                self._graphs.capture(shape)
+            if traffic.decodes:
+                self._graphs.plan(decode_shapes(traffic.max_batch, traffic.max_keys))
+            self._graphs.plan(prefill_shapes(traffic.max_rows, traffic.max_batch, traffic.max_keys))
 
     def prepare(self) -> bool:
         """Do a piece of what will make coming steps faster; False if there is nothing left to prepare."""
-        return self._graphs is not None and self._graphs.capture_wanted()
+        return self._graphs is not None and self._graphs.capture_next()
+
+    def graph_report(self) -> GraphReport | None:
+        """What became of the graphs; None if there are none to be. Any thread."""
+        return None if self._graphs is None else self._graphs.report()
 
     def pack(self, slots: np.ndarray, staging: Extent) -> None:
         """Copy the slots' rows (int64 [n]) into a staging extent of n rows; waits until they are there."""

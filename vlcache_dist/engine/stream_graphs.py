@@ -5,21 +5,23 @@ graphs may be replayed in between."""
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 
 from vlcache_dist.engine.batch import StepBatch
-from vlcache_dist.engine.graphs import PaddedStep, Replayed, Shape, pad_step, padded_input, shape_for
+from vlcache_dist.engine.graph_shapes import Shape, cost, shape_for
+from vlcache_dist.engine.graphs import PaddedStep, Replayed, launched_by, pad_step, padded_input, padding, pays
+from vlcache_dist.model.graph_policy import GraphPolicy, GraphReport
 from vlcache_dist.model.language import LanguageModel
 from vlcache_dist.model.upload import FixedInputs
 
 log = logging.getLogger(__name__)
 MAX_GROUPED = 24  #: shapes with their graphs
-_REMEMBERED = 256  #: shapes seen once
 
 Name = tuple[Shape, tuple[int, ...]]
 
@@ -54,42 +56,50 @@ class GroupedForward:
         self._model = model
         self._pages = pages
         self._arena = arena
-        self._grouped: OrderedDict[Name, _Grouped] = OrderedDict()
-        self._seen: OrderedDict[Name, None] = OrderedDict()
+        self._policy: GraphPolicy[Name] = GraphPolicy(partial(_pays, launched_by(model)), _cost, MAX_GROUPED)
+        self._grouped: dict[Name, _Grouped] = {}
         # Not the pool of other graphs: what they leave there must not overwrite a pass that waits for its next group.
         self._pool = torch.cuda.graph_pool_handle()
 
     def begin(self, step: StepBatch, edges: tuple[int, ...]) -> GroupedReplay | None:
         """Bring the step's arrays to the device. None, and nothing is done, if it must be launched kernel by kernel: it
-        fits no shape, or the shape is seen for the first time."""
-        shape = shape_for(step)
-        if shape is None:
+        fits no shape, or there are no graphs yet."""
+        least = shape_for(step)
+        name = None if least is None else self._policy.use((least, edges))
+        if name is None:
             return None
-        name = (shape, edges)
-        graphs = self._grouped.get(name)
-        if graphs is None:
-            if name not in self._seen:
-                self._seen[name] = None
-                if len(self._seen) > _REMEMBERED:
-                    self._seen.popitem(last=False)
-                return None
-            graphs = self._capture(name, step)
-        self._grouped.move_to_end(name)
+        graphs = self._grouped[name]
         graphs.inputs.wait()
-        pad_step(step, shape, PaddedStep(*graphs.inputs.arrays))
+        pad_step(step, name[0], PaddedStep(*graphs.inputs.arrays))
         graphs.inputs.send()
         return GroupedReplay(graphs, step.num_samples)
 
-    def _capture(self, name: Name, step: StepBatch) -> _Grouped:
-        """Run once for the sake of lazy compilation, then capture. What that writes, the groups' replays overwrite."""
+    def capture_next(self) -> bool:
+        """Capture one shape's graphs; False if none are wanted. No pass may be under way. Runs padding through the
+        model once, for the sake of lazy initialization: that writes nothing to pages and arena."""
+        name = self._policy.next()
+        if name is None:
+            return False
         shape, edges = name
         log.info("capturing %s in groups %s", astuple(shape), edges)
-        if len(self._grouped) >= MAX_GROUPED:
+        if (old := self._policy.make_room()) is not None:
             torch.cuda.synchronize()
-            self._grouped.popitem(last=False)
-        inputs = FixedInputs(PaddedStep.empty(shape, self._pages.shape[3]).arrays(), self._pages.device)
-        pad_step(step, shape, PaddedStep(*inputs.arrays))
-        inputs.send()
+            del self._grouped[old]
+        started = time.perf_counter()
+        try:
+            self._grouped[name] = self._make(shape, edges)
+        except torch.OutOfMemoryError as error:
+            log.warning("no memory for the graphs of %s, such passes are launched kernel by kernel: %s", shape, error)
+            self._policy.give_up(name)
+        else:
+            self._policy.captured(name, time.perf_counter() - started)
+        return True
+
+    def report(self) -> GraphReport:
+        return self._policy.report()
+
+    def _make(self, shape: Shape, edges: tuple[int, ...]) -> _Grouped:
+        inputs = padding(shape, self._pages)
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -112,11 +122,18 @@ class GroupedForward:
                     likeliest = logits.argmax(-1)
             graphs[start, stop] = graph
             hidden.append(x)
-        captured = self._grouped[name] = _Grouped(inputs, graphs, hidden, logits, likeliest)
-        return captured
+        return _Grouped(inputs, graphs, hidden, logits, likeliest)
 
     def _group(self, inputs: FixedInputs, shape: Shape, x: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
         return padded_group(self._model, inputs.tensors, shape, self._pages, self._arena, x, start, stop)
+
+
+def _pays(launched: int, graph: Name, step: Name) -> bool:
+    return graph[1] == step[1] and pays(launched, graph[0], step[0])
+
+
+def _cost(graph: Name) -> tuple[int, ...]:
+    return cost(graph[0])
 
 
 @torch.inference_mode()

@@ -60,6 +60,10 @@ class Streamer:
         graphed = None if self._graphs is None else self._graphs.begin(step, edges)
         return EagerPass(self._runner, step) if graphed is None else GraphedPass(self._runner, graphed)
 
+    def prepare(self) -> bool:
+        """Do a piece of what will make coming passes faster; False if there is nothing left. No pass is under way."""
+        return self._graphs is not None and self._graphs.capture_next()
+
     def erase(self, slots: np.ndarray) -> None:
         """Zero page slots (int64 [n]) in all layers, behind whatever is enqueued."""
         (on_device,) = upload((slots,), self._runner.device)

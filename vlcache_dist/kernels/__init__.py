@@ -9,7 +9,7 @@ contiguous), so the parts of a fused QKV projection need no copy.
 
 from __future__ import annotations
 
-from vlcache_dist.kernels.backends import segment_attention, varlen_attention
+from vlcache_dist.kernels.backends import compile_attention, segment_attention, varlen_attention
 from vlcache_dist.kernels.dispatch import enable_triton, uses_triton
 from vlcache_dist.kernels.ops import (
     add_rms_norm,
@@ -29,6 +29,7 @@ from vlcache_dist.kernels.ops import (
 
 __all__ = [
     "add_rms_norm",
+    "compile_attention",
     "enable_triton",
     "gather_extent",
     "linear",

@@ -203,6 +203,15 @@ def _active(q: torch.Tensor) -> AttentionBackend:
     return select(q.device, q.dtype, q.shape[-1], _preferred) if uses_triton(q) else _TORCH
 
 
+def compile_attention(heads: int, k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
+    """Compile what Triton's ``segment_attention`` of ``heads`` query heads over such pages can need. flash-attn
+    compiles once, at its first call."""
+    if uses_triton(k_pages):
+        from vlcache_dist.kernels.gpu import attention as gpu
+
+        gpu.compile_ahead(heads, k_pages, v_pages)
+
+
 def segment_attention(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, cu_q: torch.Tensor, kv_len: torch.Tensor,
     block_table: torch.Tensor, max_q: int, max_kv: int, scale: float, out: torch.Tensor | None = None,

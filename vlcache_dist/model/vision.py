@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,13 @@ import torch.nn.functional as F
 
 from vlcache_dist import kernels
 from vlcache_dist.model.config import VisionConfig
+from vlcache_dist.model.graph_policy import GraphReport
 from vlcache_dist.model.upload import upload
 from vlcache_dist.model.vision_graphs import GraphedTower
 from vlcache_dist.model.vision_layout import Grid, vision_layout
 
+#: Frames, and merged tokens along a side: products and attention are chosen by size and number of sequences.
+WARM_UP = ((1, 2), (1, 4), (1, 8), (1, 16), (1, 32), (1, 64), (66, 5))
 _EPS = 1e-6  # transformers fixes it, whatever the configuration says
 _WIDTH_MULTIPLE = 64  # of the MLP: rows of 3,420 bf16 are not whole 16 bytes, and matrix products lose half their rate
 
@@ -70,7 +74,8 @@ class VisionTower:
         self.frequency = frequency.to(device)  # fp32 [D/4]
         self._graphs = None
         if kernels.uses_triton(self.patch_embed):
-            self._graphs = GraphedTower(self._encode, config.patch_elements, self.device, dtype)
+            merged = config.spatial_merge_size**2
+            self._graphs = GraphedTower(self._encode, config.patch_elements, merged, self.device, dtype)
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Checkpoint name -> the (view of a) tensor that it fills, in the checkpoint's shape."""
@@ -126,6 +131,29 @@ class VisionTower:
         )
         rows = self._encode(x, order, row_column, windows, frames, layout.longest_window, layout.longest_frame)
         return rows[inverse]
+
+    def warm_up(self, graph_s: float) -> None:
+        """Compile and load every kernel, and capture graphs for ``graph_s`` seconds, before somebody waits."""
+        if not kernels.uses_triton(self.patch_embed):
+            return
+        merge = self.config.spatial_merge_size
+        for frames, side in WARM_UP:
+            grid = (frames, side * merge, side * merge)
+            rows = grid[0] * grid[1] * grid[2]
+            self.forward(torch.zeros(rows, self.config.patch_elements, device=self.device, dtype=self.dtype), [grid])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        compiled = time.monotonic()
+        while time.monotonic() < compiled + graph_s and self.prepare():
+            pass
+
+    def prepare(self) -> bool:
+        """Do a piece of what will make coming batches faster; False if there is nothing left. Same thread."""
+        return self._graphs is not None and self._graphs.capture_next()
+
+    def graph_report(self) -> GraphReport | None:
+        """What became of the graphs; None if there are none to be. Any thread."""
+        return None if self._graphs is None else self._graphs.report()
 
     @torch.inference_mode()
     def _encode(

@@ -1,14 +1,14 @@
 """The vision tower replayed from CUDA graphs for small batches, whose kernels take less time than launching them.
 
-A graph is captured for a *shape*, at its third use (a camera's or a screen's pictures are all of one size; capturing
-takes longer than launching a few times), and a batch is padded to the least shape that holds it. Padding
+A graph is captured for a *shape*, and a batch is padded to a shape that holds it: sizes in coarse steps are captured at
+start, others when nobody waits (``model.graph_policy``); a camera's or a screen's pictures are all of one size. Padding
 patches form windows and a frame of their own, so every row is computed, from finite values, and none meets an image's.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
@@ -16,14 +16,16 @@ import numpy as np
 import torch
 
 from vlcache_dist.model.capture import captured
+from vlcache_dist.model.graph_policy import GraphPolicy, GraphReport
 from vlcache_dist.model.upload import FixedInputs
 from vlcache_dist.model.vision_layout import VisionLayout
 
 log = logging.getLogger(__name__)
 
 MOST_PATCHES = 8192  #: beyond it kernels hide their launches
-MAX_GRAPHS = 32
-PATIENCE = 3  #: uses after which a shape is captured
+MAX_GRAPHS = 48
+AHEAD = (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  #: patches of the shapes to be captured at start
+_WINDOW = 64  # patches
 
 #: (patches, order, row_column, windows, frames, longest_window, longest_frame) -> merged tokens in permuted order
 Encode = Callable[..., torch.Tensor]
@@ -68,6 +70,28 @@ def vision_shape(layout: VisionLayout, merged: int) -> VisionShape | None:
     )
 
 
+def shapes_ahead(merged: int) -> list[VisionShape]:
+    """Few shapes that hold most batches of one to three pictures, with twice the windows that whole ones make."""
+    return [VisionShape(n, 2 * n // _WINDOW, 4, _WINDOW, n) for n in AHEAD if n % merged == 0]
+
+
+def holds(graph: VisionShape, batch: VisionShape) -> bool:
+    """True if a batch of least shape ``batch`` can be padded to ``graph``, and if that is faster than launching it
+    kernel by kernel, which takes as long as some 6,000 patches (H200)."""
+    spare = graph.patches - batch.patches
+    return (
+        spare >= 0
+        and graph.longest_frame == graph.patches <= max(6144, 3 * batch.patches // 2)
+        and graph.longest_window >= batch.longest_window
+        and graph.windows >= batch.windows + spare // batch.longest_window + 1
+        and graph.frames > batch.frames
+    )
+
+
+def _cost(graph: VisionShape) -> tuple[int, int]:
+    return graph.patches, graph.windows
+
+
 def pad_layout(layout: VisionLayout, shape: VisionShape, into: Sequence[np.ndarray]) -> None:
     """Overwrite ``into``: order int64 [patches / merged], row_column int32 [2, patches], windows int32 [windows + 1],
     frames int32 [frames + 1]."""
@@ -81,6 +105,17 @@ def pad_layout(layout: VisionLayout, shape: VisionShape, into: Sequence[np.ndarr
     frames[: len(layout.frames)], frames[len(layout.frames) :] = layout.frames, shape.patches
 
 
+def fill_padding(shape: VisionShape, into: Sequence[np.ndarray]) -> None:
+    """Overwrite ``into`` (see ``pad_layout``) with padding alone."""
+    order, row_column, windows, frames = into
+    order[:] = np.arange(len(order))
+    row_column[:] = 0
+    windows[:] = np.minimum(shape.longest_window * np.arange(len(windows)), shape.patches)
+    windows[-1] = shape.patches
+    frames[:] = shape.patches
+    frames[0] = 0
+
+
 @dataclass(slots=True)
 class _Graph:
     inputs: FixedInputs
@@ -89,50 +124,63 @@ class _Graph:
 
 
 class GraphedTower:
-    """Graphs of one tower's ``encode``. One thread at a time, always on the same stream."""
+    """Graphs of one tower's ``encode``; ``merged`` patches per token. One thread at a time, on one stream."""
 
-    def __init__(self, encode: Encode, patch_elements: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, encode: Encode, patch_elements: int, merged: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self._encode = encode
+        self._merged = merged
         self._device = device
         self._pixels = torch.zeros(MOST_PATCHES, patch_elements, device=device, dtype=dtype)
-        self._graphs: OrderedDict[VisionShape, _Graph] = OrderedDict()
-        self._uses: Counter[VisionShape] = Counter()  # without a graph
+        self._policy: GraphPolicy[VisionShape] = GraphPolicy(holds, _cost, MAX_GRAPHS)
+        self._policy.plan(shapes_ahead(merged))
+        self._graphs: dict[VisionShape, _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, patches: torch.Tensor, layout: VisionLayout) -> torch.Tensor | None:
         """patches [N, patch_elements] on the device -> [N / merged, out_hidden_size] in permuted order, valid until the
         next call; None if the batch is to be launched kernel by kernel."""
-        shape = vision_shape(layout, len(patches) // len(layout.order))
+        least = vision_shape(layout, self._merged)
+        shape = None if least is None else self._policy.use(least)
         if shape is None:
             return None
-        graph = self._graphs.get(shape)
-        if graph is None:
-            self._uses[shape] += 1
-            if self._uses[shape] < PATIENCE:
-                return None
-            del self._uses[shape]
+        graph = self._graphs[shape]
         self._pixels[: len(patches)].copy_(patches)
-        if graph is None:
-            graph = self._capture(shape, layout)
-        self._graphs.move_to_end(shape)
         graph.inputs.wait()
         pad_layout(layout, shape, graph.inputs.arrays)
         graph.inputs.send()
         graph.graph.replay()
         return graph.out[: len(layout.order)]
 
-    def _capture(self, shape: VisionShape, layout: VisionLayout) -> _Graph:
+    def capture_next(self) -> bool:
+        """Capture one graph; False if none is wanted."""
+        shape = self._policy.next()
+        if shape is None:
+            return False
         log.info("capturing %s", astuple(shape))
-        if len(self._graphs) >= MAX_GRAPHS:
+        if (old := self._policy.make_room()) is not None:
             torch.cuda.synchronize()
-            self._graphs.popitem(last=False)
-        merged = layout.row_column.shape[1] // len(layout.order)
-        inputs = FixedInputs(shape.arrays(merged), self._device)
-        pad_layout(layout, shape, inputs.arrays)
+            del self._graphs[old]
+        started = time.perf_counter()
+        try:
+            self._graphs[shape] = self._make(shape)
+        except torch.OutOfMemoryError as error:
+            log.warning("no memory for the graph of %s, such pictures are launched kernel by kernel: %s", shape, error)
+            self._policy.give_up(shape)
+        else:
+            self._policy.captured(shape, time.perf_counter() - started)
+        return True
+
+    def report(self) -> GraphReport:
+        return self._policy.report()
+
+    def _make(self, shape: VisionShape) -> _Graph:
+        inputs = FixedInputs(shape.arrays(self._merged), self._device)
+        fill_padding(shape, inputs.arrays)
         inputs.send()
         graph, out = captured(lambda: self._forward(inputs, shape), self._pool)
-        self._graphs[shape] = _Graph(inputs, graph, out)
-        return self._graphs[shape]
+        return _Graph(inputs, graph, out)
 
     def _forward(self, inputs: FixedInputs, shape: VisionShape) -> torch.Tensor:
         pixels = self._pixels[: shape.patches]

@@ -116,10 +116,12 @@ class _Follower:
         match command:
             case p.Launch():
                 self._runner.launch(command.step, (), ())
-            case p.PrepareDecode():
-                self._runner.prepare_decode(command.max_batch, command.max_keys)
+            case p.Expect():
+                self._runner.expect(command.traffic)
             case p.Prepare():
                 self._runner.prepare()
+            case p.PrepareLayers():
+                self._streamer.prepare()
             case p.BeginLayers():
                 self._layers = self._streamer.begin(command.step, command.edges)
             case p.RunLayers():

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from vlcache_dist.engine.batch import StepBatch
+from vlcache_dist.engine.lazy import Traffic
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.transfer.base import PeerInfo, Piece
 
@@ -61,11 +62,10 @@ class Launch(Command, frozen=True):
     step: StepBatch
 
 
-class PrepareDecode(Command, frozen=True):
-    """``Runner.prepare_decode``."""
+class Expect(Command, frozen=True):
+    """``Runner.expect``."""
 
-    max_batch: int
-    max_keys: int
+    traffic: Traffic
 
 
 class Prepare(Command, frozen=True):
@@ -77,6 +77,10 @@ class BeginLayers(Command, frozen=True):
 
     step: StepBatch
     edges: tuple[int, ...]
+
+
+class PrepareLayers(Command, frozen=True):
+    """``Streamer.prepare``."""
 
 
 class RunLayers(Command, frozen=True):

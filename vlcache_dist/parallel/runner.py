@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vlcache_dist.engine.batch import StepBatch
+from vlcache_dist.engine.lazy import Traffic
 from vlcache_dist.engine.runner import Pass, Runner
 from vlcache_dist.kv.arena import Arena
 from vlcache_dist.kv.object_store import Extent
@@ -54,12 +55,11 @@ class ShardedRunner(Runner):
             self._group.post(p.Launch(step))
             return ShardedPass(super().launch(step, params, draws), self._group)
 
-    def prepare_decode(self, max_batch: int, max_keys: int) -> None:
-        """See ``Runner.prepare_decode``."""
-        if self._graphs is not None:
-            with self._group.in_step():
-                self._group.post(p.PrepareDecode(max_batch, max_keys))
-                super().prepare_decode(max_batch, max_keys)
+    def expect(self, traffic: Traffic) -> None:
+        """See ``Runner.expect``."""
+        with self._group.in_step():
+            self._group.post(p.Expect(traffic))
+            super().expect(traffic)
 
     def prepare(self) -> bool:
         """See ``Runner.prepare``."""

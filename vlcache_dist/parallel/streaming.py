@@ -50,6 +50,14 @@ class ShardedStreamer(Streamer):
             self._group.post(p.BeginLayers(step, edges))
             return ShardedLayers(super().begin(step, edges), self._group)
 
+    def prepare(self) -> bool:
+        """See ``Streamer.prepare``."""
+        if self._graphs is None:
+            return False
+        with self._group.in_step():
+            self._group.post(p.PrepareLayers())
+            return super().prepare()
+
     def erase(self, slots: np.ndarray) -> None:
         """See ``Streamer.erase``."""
         with self._group.in_step():

@@ -48,6 +48,7 @@ from vlcache_dist.types import ContentKey, KVSource, MediaSpan, ObjectKind, Reus
 log = logging.getLogger(__name__)
 ENCODE_ATTEMPTS = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.2  #: between attempts to find room
+ASKING = 4  #: turns of the loop from ``head_start`` to the holder's socket: heading, fetch, flight, call
 MIN_PATIENCE_S = 0.5  #: with less time left than twice this, a request computes rather than waits
 
 Advise = Callable[[int, Variant], Advice]  #: what is remembered of an object's context beside that of span number ...
@@ -74,6 +75,7 @@ class SpanResolver:
         self._encoders = encoders
         self._generation = message.generation
         self._source = message.source
+        self._hints = {state.key: state for state in message.hints}
         self._plan = Plan.parse(message.generation.plan)
         self._deadline = deadline
         self._advise = advise
@@ -86,11 +88,14 @@ class SpanResolver:
         self._ahead: dict[ContentKey, Arrival] = {}
         self._heading: asyncio.Task[None] | None = None
 
-    def head_start(self) -> None:
+    async def head_start(self) -> None:
         """Begin to fetch what other workers hold, while the engine admits the request. A span that turns out to lie in
-        the prefix cache is fetched in vain."""
+        the prefix cache is fetched in vain. Holders that the ingress named are asked before the engine's thread is
+        woken, which would have the interpreter for itself for most of the round trip."""
         if self._generation.reuse is ReuseMode.APPROX:
             self._heading = asyncio.create_task(self._head_start())
+            for _ in range(ASKING if self._hints else 0):
+                await asyncio.sleep(0)
 
     async def stop(self) -> None:
         """End what was begun and is not used; nothing is begun afterwards. Idempotent."""
@@ -110,15 +115,19 @@ class SpanResolver:
                 missing.setdefault(span.key, (index, span))
         if not missing:
             return
-        states = await self._node.lookup(list(missing))
-        for (key, (index, span)), state in zip(missing.items(), states, strict=True):
+        unknown = [key for key in missing if key not in self._hints]
+        fresh = {state.key: state for state in await self._node.lookup(unknown)} if unknown else {}
+        for key, (index, span) in missing.items():
             for kind in (ObjectKind.KV, ObjectKind.EMBEDDING):
-                self._known[kind, key] = self._node.holders_in(state, kind)
-            others = [h for h in self._known[ObjectKind.KV, key] if h.worker_id != self._node.worker_id]
+                holders = self._node.holders_in(fresh.get(key) or self._hints[key], kind)
+                if holders or key in fresh:  # what the ingress did not know may have come up since
+                    self._known[kind, key] = holders
+            others = [h for h in self._known.get((ObjectKind.KV, key), ()) if h.worker_id != self._node.worker_id]
             if others and self._advised(index, others[0].variant) is not Advice.COMPUTE:
                 self._ahead[key] = self._order(span, others[0])
 
     async def _holders(self, kind: ObjectKind, key: ContentKey) -> tuple[wire.Holder, ...]:
+        """As the ingress knew them, then as the directory knows them now."""
         known = self._known.pop((kind, key), None)
         return await self._node.holders(kind, key) if known is None else known
 
@@ -209,19 +218,23 @@ class SpanResolver:
         """A source; and if it is still arriving, its arrival. ``tried``: attempts that were in vain."""
         if self._generation.reuse is ReuseMode.OFF:
             return Compute(await self._embedding(span)), None
+        approx = self._generation.reuse is ReuseMode.APPROX
+        reusable = approx and not self._plan.is_full(span.length, self._node.layout.num_layers)
+        if reusable and (found := await self._from_stores(index, span, tried)) is not None:
+            return found  # without another word to the engine: the bytes may be on their way
         allowed = await self._on_engine(lambda engine: engine.recordable(self._generation.request_id, index))
-        if self._generation.reuse is ReuseMode.EXACT or self._plan.is_full(span.length, self._node.layout.num_layers):
+        if not reusable:
             record = self._record_extent(index, span) if allowed and await self._claim(span.key) else None
             return await self._compute(span, record), None
         # What was withdrawn behind a span that is open itself claims nothing: that one may wait for a producer.
         allowed = allowed and min(self._open, default=index) == index
         while True:
-            if (found := await self._from_stores(index, span, tried)) is not None:
-                return found
             if allowed and await self._claim(span.key):
                 return await self._compute(span, self._record_extent(index, span)), None
             if not await self._wait_for_producer(span.key, tried):
                 return await self._compute(span, None), None
+            if (found := await self._from_stores(index, span, tried)) is not None:
+                return found
 
     async def _compute(self, span: MediaSpan, record: Extent | None, *, remembered: bool = False) -> Compute:
         try:

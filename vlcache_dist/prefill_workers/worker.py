@@ -90,6 +90,7 @@ class PrefillWorker:
         return {
             "engine": msgspec.to_builtins(stats),
             "kv_bytes": self.engine.runner.pages.nbytes,
+            "graphs": msgspec.to_builtins(self.engine.runner.graph_report()),
             "parked": len(self._parked),
             "producing": len(self._production),
             "guard": self.shadows.status(),
@@ -122,7 +123,7 @@ class PrefillWorker:
         mode = Mode.GENERATE if self.node.role is Role.COLOCATED else Mode.PREFILL
         try:
             if self.engine.stats().waiting == 0:
-                resolver.head_start()
+                await resolver.head_start()
             await self._bridge.call(lambda engine: engine.add(generation, time.monotonic(), mode))
             while True:
                 event = await self._next(queue, deadline, resolving)

@@ -130,6 +130,8 @@ class Ramp(Plan):
 
     def counts(self, num_tokens: int, num_layers: int) -> tuple[int, ...]:
         _check_shape(num_tokens, num_layers)
+        if self.first == self.last:  # most plans, and every warm request asks: fractions are slow
+            return (min(num_tokens, max(_ceil_percent(self.first, num_tokens), self.minimum)),) * num_layers
         steps = max(num_layers - 1, 1)
         percents = (self.first + (self.last - self.first) * layer / steps for layer in range(num_layers))
         return tuple(min(num_tokens, max(_ceil_percent(p, num_tokens), self.minimum)) for p in percents)

@@ -278,7 +278,7 @@ class Frontend:
             raise WorkerLost("no decode worker is alive")
         member, choice = self._dispatch.choose_prefill(self._demand(answer), answer.request.prefill_worker, answer.lost)
         answer.prefill_worker, answer.why = member.info.name, choice.why
-        message = wire.Prefill(self._generation(answer), self._source(answer), answer.remaining())
+        message = wire.Prefill(self._generation(answer), self._source(answer), answer.remaining(), self._hints(answer))
         heard = False
         try:
             with ExitStack() as counted:
@@ -374,6 +374,11 @@ class Frontend:
             plan=answer.plan,
             num_generated=len(known),
         )
+
+    @staticmethod
+    def _hints(answer: _Answer) -> tuple[wire.KeyState, ...]:
+        """What the directory said when the request came in; old news for a second attempt."""
+        return tuple(state for state in answer.states if state.kv) if answer.attempts == 1 else ()
 
     def _demand(self, answer: _Answer) -> Demand:
         plan = Plan.parse(answer.plan)

@@ -6,6 +6,9 @@
                                            │       └ timeout: quarantine the destination until nothing can write it
                                            └ no room: StoreFull
 
+Where somebody waits to compute on what arrives, ``begin`` comes before ``Acquire``: the pass is laid out while the
+holder is asked.
+
 Bytes are admitted only if the transfer is done, in time, the lease lived to the end with the same generation, and the
 checksum (where one is wanted) matches. Anything else raises a CacheError, and the request recomputes.
 """
@@ -36,7 +39,7 @@ from vlcache_dist.kv.object_store import Extent, ObjectStore
 from vlcache_dist.transfer.base import PeerInfo, Piece, Transport
 from vlcache_dist.transfer.link import PROBE_SIZES, Link, group_edges, landing_times, link_floor
 from vlcache_dist.transfer.reader import ExtentReader
-from vlcache_dist.types import ContentKey, ObjectKind, WorkerId
+from vlcache_dist.types import ContentKey, ObjectKind, Variant, WorkerId
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +156,8 @@ class Fetcher:
         start; what has no layers is one group. What it is told is *not admitted yet*: results count only if this call
         returns, and if it raises, the extent is no longer the caller's. A caller that joins another's fetch hears of
         the same groups; of all layers at once, and at the end, if the other did not ask for groups. ``on_extent``, only
-        with ``on_group``: called when the READs are about to begin, so that what is to be computed can be prepared.
+        with ``on_group``: called before the holder is asked, so that what is to be computed can be prepared; the holder
+        must then have the variant that ``holder`` names.
 
         Raises CacheError, WorkerLost, DeadlineExceeded or ProtocolError.
         """
@@ -258,35 +262,48 @@ class Fetcher:
         peer = await self._connect(holder.worker_id, holder.address)
         itemsize = self._layout.itemsize
         verify = self._must_verify(peer)
+
+        def begin(variant: Variant) -> Extent:
+            if prefix is not None:
+                return self._store.stage(prefix, self._clock(), transfer=True)
+            return self._store.begin(kind, key, variant, elements, self._clock(), transfer=True, meta=meta)
+
+        extent: Extent | None = None
+        if flight is not None:
+            extent = begin(holder.variant)
+            flight.begun(extent)
+        only = holder.variant if exact_variant or (extent is not None and prefix is None) else None
         asked_at = self._clock()
         acquire = wire.Acquire(
             reader=self._transport.info.worker_id,
             key=key,
             kind=kind,
             layout=self._layout,
-            variant=holder.variant if exact_variant else None,
+            variant=only,
             ttl_s=self._limits.lease_s,
             checksum=verify,
             prefix=0 if prefix is None else prefix * itemsize,
         )
-        lease = await self._acquire(holder.address, acquire)
+        lease: wire.Lease | None = None
+        reading = False
         try:
+            lease = await self._acquire(holder.address, acquire)
             if lease.nbytes != elements * itemsize:
                 raise LayoutMismatch(
                     f"{key.hex()[:16]} has {lease.nbytes} bytes at {holder.worker_id}, {elements * itemsize} here"
                 )
-            if exact_variant and lease.variant != holder.variant:
+            if only is not None and lease.variant != only:
                 raise ObjectGone(f"{holder.worker_id} has another variant of {key.hex()[:16]}")
-            if prefix is None:
-                extent = self._store.begin(kind, key, lease.variant, elements, self._clock(), transfer=True, meta=meta)
-            else:
-                extent = self._store.stage(prefix, self._clock(), transfer=True)
+            if extent is None:
+                extent = begin(lease.variant)
             deadline = min(self._clock() + self._limits.transfer_s, asked_at + lease.ttl_s * LEASE_SHARE)
-            if flight is not None:
-                flight.begun(extent)
+            reading = True  # from here on the reader gives the extent back if it fails
             await self._read(peer, extent, lease.offset, deadline, None if flight is None else flight.landed)
         except BaseException:
-            self._reader.spawn(self._let_go(holder.address, lease))
+            if extent is not None and not reading:
+                self._store.abort(extent)
+            if lease is not None:
+                self._reader.spawn(self._let_go(holder.address, lease))
             raise
         released: wire.Released | None = None
         try:

@@ -8,11 +8,15 @@ heads that share that KV head, so that K and V are read once for all of them. Th
 where the number of tiles is bounded from shapes alone: segment s starts at tile ``cu_q[s] * ratio // BLOCK_M + s``,
 which leaves room for its last, partial tile. With few tiles and many keys each tile's keys are split over several
 programs, whose partial results a second kernel combines.
+
+Compiling takes a second or two, so nothing that changes from step to step is a compile-time constant: the number of
+splits is an argument, counts of segments come in a few classes, and ``compile_ahead`` makes all there are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +29,8 @@ from vlcache_dist.kernels.gpu import device, packed
 
 LOG2E = 1.4426950408889634
 _FEW_ROWS = 32
+_SEGMENTS = (64, 1024, 16384)  # classes of segment counts
+_SPLITS = (4, 16, 64)  # classes of split counts; the last is the most there are
 _NO_KEYS = tl.constexpr(-1.0e30)  # a finite "minus infinity" for running maxima: exp2(-inf - it) is 0, not NaN
 
 
@@ -102,13 +108,16 @@ def _tile(
     return acc, m, l, page
 
 
-@triton.jit(do_not_specialize=["num_segments", "num_rows", "table_stride"])
+@triton.jit(
+    do_not_specialize=["num_segments", "num_rows", "table_stride", "splits"],
+    do_not_specialize_on_alignment=["cu_ptr", "kv_len_ptr", "table_ptr"],  # parts of longer arrays, single loads
+)
 def _segment_kernel(
     q_ptr, k_src, v_src, out_ptr, part_ptr, lse_ptr, cu_ptr, kv_len_ptr, table_ptr,
-    num_segments, num_rows, q_stride, table_stride, kv_row, scale_log2,
+    num_segments, num_rows, splits, q_stride, table_stride, kv_row, scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr, ONE_TILE: tl.constexpr,
-    SPLITS: tl.constexpr, MIN_BLOCKS: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr, TMA: tl.constexpr,
+    SPLIT: tl.constexpr, MIN_BLOCKS: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     RATIO: tl.constexpr = HEADS // KV_HEADS
@@ -146,8 +155,8 @@ def _segment_kernel(
         clear_end = keys
     clear_end = clear_end // BLOCK_N * BLOCK_N
     blocks = tl.cdiv(tile_end, BLOCK_N)
-    if SPLITS > 1:
-        share = tl.maximum(tl.cdiv(blocks, SPLITS), MIN_BLOCKS)
+    if SPLIT:
+        share = tl.maximum(tl.cdiv(blocks, splits), MIN_BLOCKS)
         lo = tl.minimum(split * share, blocks) * BLOCK_N
         hi = tl.minimum((split + 1) * share * BLOCK_N, tile_end)
     else:
@@ -184,7 +193,7 @@ def _segment_kernel(
         True, CAUSAL, PAGED, TMA, BLOCK_SIZE, BLOCK_N, D, BLOCK_D, PRECISION,
     )  # fmt: skip
     acc = acc / tl.where(l > 0, l, 1.0)[:, None]
-    if SPLITS > 1:
+    if SPLIT:
         index = split.to(tl.int64) * num_rows * HEADS + row.to(tl.int64) * HEADS + head
         tl.store(lse_ptr + index, tl.where(l > 0, m + tl.log2(tl.where(l > 0, l, 1.0)), _NO_KEYS), mask=live)
         if hi > lo:  # the combining kernel gives an empty split weight 0 and does not read it
@@ -194,10 +203,10 @@ def _segment_kernel(
         tl.store(out_ptr + out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_segments", "num_rows"])
+@triton.jit(do_not_specialize=["num_segments", "num_rows", "splits"], do_not_specialize_on_alignment=["cu_ptr"])
 def _combine_kernel(
-    part_ptr, lse_ptr, out_ptr, cu_ptr, num_segments, num_rows, HEADS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
+    part_ptr, lse_ptr, out_ptr, cu_ptr, num_segments, num_rows, splits, HEADS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per (row, head): out = sum of the splits' results weighted by their softmax mass. An empty split's
     part was never written. SKIP leaves it in memory (many rows, most of whose splits are empty); otherwise it is loaded
@@ -210,9 +219,9 @@ def _combine_kernel(
     column = tl.arange(0, BLOCK_D)
     index = split.to(tl.int64) * num_rows * HEADS + pair
     live = pair < tl.load(cu_ptr + num_segments).to(tl.int64) * HEADS  # not a padding row
-    lse = tl.load(lse_ptr + index, mask=split < SPLITS, other=_NO_KEYS)
+    lse = tl.load(lse_ptr + index, mask=split < splits, other=_NO_KEYS)
     lse = tl.where(live, lse, _NO_KEYS)
-    inside = (split < SPLITS)[:, None] & (column < D)[None, :]
+    inside = (split < splits)[:, None] & (column < D)[None, :]
     if SKIP:
         inside = inside & (lse > _NO_KEYS)[:, None]
     part = tl.load(part_ptr + index[:, None] * D + column[None, :], mask=inside, other=0.0)
@@ -234,6 +243,11 @@ def default_config(dtype: torch.dtype, head_dim: int, rows: int, block_size: int
     return AttentionConfig(16 if few else 64, 64, 4, 3 if hopper else 2, tma, hopper)
 
 
+def size_class(count: int, classes: Sequence[int]) -> int:
+    """The least of ``classes`` that holds ``count``; beyond them, the next power of two."""
+    return next((size for size in classes if size >= count), triton.next_power_of_2(count))
+
+
 def choose_splits(tiles: int, blocks: int, processors: int, per_processor: int, min_blocks: int) -> int:
     """Splits that minimize waves x (key blocks per program + a fixed cost of about 2 blocks), at most 64; 1 where the
     tiles alone make several waves."""
@@ -241,7 +255,7 @@ def choose_splits(tiles: int, blocks: int, processors: int, per_processor: int, 
     if tiles >= 4 * slots:
         return 1
     best, best_cost = 1, -(-tiles // slots) * (blocks + 2.0)
-    for splits in range(2, min(64, max(1, blocks // min_blocks)) + 1):
+    for splits in range(2, min(_SPLITS[-1], max(1, blocks // min_blocks)) + 1):
         cost = -(-tiles * splits // slots) * (-(-blocks // splits) + 2.0) + 3.0 + 0.05 * splits
         if cost < best_cost:
             best, best_cost = splits, cost
@@ -287,17 +301,17 @@ def _launch(
     launch: dict[str, Any] = {"launch_pdl": True} if c.pdl else {}
     _segment_kernel[(tiles, kv_heads, splits)](
         q, k_src, v_src, out, part, lse, cu, kv_len, table,
-        segments, num_rows, q.stride(0), table.stride(0), k.stride(1) if paged else k.stride(0), scale * LOG2E,
+        segments, num_rows, splits, q.stride(0), table.stride(0), k.stride(1) if paged else k.stride(0), scale * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, D=dim, BLOCK_D=block_d, BLOCK_SIZE=max(1, block_size),
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, SEGMENTS=1 if one_tile else triton.next_power_of_2(segments),
-        ONE_TILE=one_tile, SPLITS=splits, MIN_BLOCKS=min_blocks, CAUSAL=causal, PAGED=paged, TMA=c.tma,
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, SEGMENTS=1 if one_tile else size_class(segments, _SEGMENTS),
+        ONE_TILE=one_tile, SPLIT=splits > 1, MIN_BLOCKS=min_blocks, CAUSAL=causal, PAGED=paged, TMA=c.tma,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PDL=c.pdl,
         num_warps=c.warps, num_stages=c.stages, **launch,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(num_rows * heads,)](
-            part, lse, out, cu, segments, num_rows, HEADS=heads, D=dim, BLOCK_D=block_d, SPLITS=splits,
-            BLOCK_S=triton.next_power_of_2(splits), SKIP=num_rows > _FEW_ROWS, PDL=c.pdl,
+            part, lse, out, cu, segments, num_rows, splits, HEADS=heads, D=dim, BLOCK_D=block_d,
+            BLOCK_S=size_class(splits, _SPLITS), SKIP=num_rows > _FEW_ROWS, PDL=c.pdl,
             num_warps=2 if splits <= 16 else 4, **launch,
         )  # fmt: skip
     return out
@@ -338,6 +352,32 @@ def segment_attention(
         config,
         out,
     )
+
+
+def compile_ahead(heads: int, k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
+    """Compile, for ``heads`` query heads over pages of this kind, every form of ``segment_attention`` with its default
+    launches; what is launched for it finds empty segments."""
+    block_size, kv_heads, dim = k_pages.shape[1:]
+    hopper, ratio = device.is_hopper_or_later(k_pages), heads // kv_heads
+    q = torch.zeros((_FEW_ROWS + 1, heads, dim), dtype=k_pages.dtype, device=k_pages.device)
+    cu = torch.zeros(_SEGMENTS[-1] + 1, dtype=torch.int32, device=k_pages.device)
+
+    def launch(rows: int, segments: int, max_q: int, splits: int) -> None:
+        config = replace(default_config(q.dtype, dim, max_q * ratio, block_size, hopper), splits=splits)
+        table = cu[:segments, None]
+        _launch(
+            q[:rows], k_pages, v_pages, cu[: segments + 1], cu[:segments], table, max_q, block_size, 1.0, True,
+            block_size, kv_heads, config,
+        )  # fmt: skip
+
+    tile = default_config(q.dtype, dim, 1 << 20, block_size, hopper).block_m
+    forms = [(1, 1), (max(1, tile // ratio), 1), *((tile + 1, segments) for segments in _SEGMENTS)]
+    for max_q, segments in forms:
+        for splits in (1, 2):
+            launch(1, segments, max_q, splits)
+    for splits in _SPLITS:
+        for rows in (1, _FEW_ROWS + 1):
+            launch(rows, 1, 1, splits)
 
 
 def varlen_attention(

@@ -16,9 +16,10 @@ _LAYERS = 4  # layers per program: cos and sin stay in registers over them
 _SCATTER_ELEMENTS = 1024  # elements of a half head per program and layer
 _COPY_ELEMENTS = 4096  # elements per program
 _WARPS = 4
+INDICES = ("base_ptr", "tokens_ptr", "slots_ptr")  # may be parts of longer arrays; not worth another compiled form
 
 
-@triton.jit(do_not_specialize=["count", "layer_start", "layer_stop"])
+@triton.jit(do_not_specialize=["count", "layer_start", "layer_stop"], do_not_specialize_on_alignment=INDICES)
 def _rotate_scatter_kernel(
     arena_ptr, pages_ptr, base_ptr, tokens_ptr, slots_ptr, cos_ptr, sin_ptr,
     count, cos_stride, plane, layer_start, layer_stop,
@@ -56,9 +57,9 @@ def _rotate_scatter_kernel(
             tl.store(pages_ptr + dst + plane + HALF, vb, mask=mask)
 
 
-@triton.jit(do_not_specialize=["start", "count", "plane_start"])
+@triton.jit(do_not_specialize=["start", "count", "plane_start"], do_not_specialize_on_alignment=INDICES)
 def _copy_rows_kernel(
-    pages_ptr, arena_ptr, slots_ptr, base_ptr, tokens_ptr, start, count, plane, plane_start,
+    pages_ptr, arena_ptr, slots_ptr, base_ptr, tokens_ptr, start: tl.int64, count, plane, plane_start,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, TO_PAGES: tl.constexpr,
     STAGING: tl.constexpr,
 ):  # fmt: skip

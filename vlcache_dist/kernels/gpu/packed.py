@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = 1.4426950408889634
+SEQUENCES = (64, 1024, 16384)  #: classes of sequence counts
 
 
 def halves(head_dim: int) -> tuple[int, int] | None:
@@ -49,7 +50,7 @@ def _blocks(
     return acc1, acc2, m, l
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=["cu_ptr"])
 def _packed_kernel(
     q_ptr, k1_desc, k2_desc, v1_desc, v2_desc, out_ptr, cu_ptr, num_sequences, q_stride, scale_log2,
     HEADS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -102,6 +103,11 @@ def _packed_kernel(
         tl.store(out_ptr + out + two, (acc2 / l[:, None]).to(kind), mask=live)
 
 
+def _sequence_class(count: int) -> int:
+    """A few classes of sequence counts, because each is compiled."""
+    return next((size for size in SEQUENCES if size >= count), triton.next_power_of_2(count))
+
+
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """x [N, H, D] as the copy engine wants it: dense heads, rows and start on 16 bytes."""
     dense = x.stride(2) == 1 and x.stride(1) == x.shape[2]
@@ -134,7 +140,7 @@ def packed_attention(
     _packed_kernel[(tiles, heads)](
         q, source(k, first), source(k, second or first), source(v, first), source(v, second or first), out, cu,
         sequences, q.stride(0), scale * LOG2E, HEADS=heads, D1=first, D2=second, BLOCK_M=block_m, BLOCK_N=block_n,
-        SEQUENCES=1 if one_tile else triton.next_power_of_2(sequences), ONE_TILE=one_tile, num_warps=warps,
+        SEQUENCES=1 if one_tile else _sequence_class(sequences), ONE_TILE=one_tile, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
     return out

@@ -61,7 +61,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return out
 
 
-@triton.jit(do_not_specialize=["num_queries", "layer"])
+@triton.jit(
+    do_not_specialize=["num_queries", "layer"],
+    do_not_specialize_on_alignment=["slots_ptr", "base_ptr", "tokens_ptr"],  # may be parts of longer arrays
+)
 def _rotate_write_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_pages, v_pages, slots_ptr, arena_ptr, base_ptr, tokens_ptr, out_ptr,
     num_queries, q_stride, k_stride, v_stride, cos_stride, layer,
