@@ -55,8 +55,8 @@ def serve(
     ] = 1,
     reuse: Annotated[str, typer.Option(help="default of requests: approx, exact or off")] = "approx",
     plan: Annotated[
-        str, typer.Option(help="default recompute plan: none, uniform:5, pyramid:..., file:plan.json")
-    ] = "uniform:5",
+        str, typer.Option(help="default recompute plan: guarded, none, uniform:5, pyramid:..., file:plan.json")
+    ] = "guarded",
     api_keys: Annotated[
         Path | None, typer.Option(help="file with what `vlcache-dist api-key` prints; without one: loopback only")
     ] = None,

@@ -88,7 +88,9 @@ class EngineSettings(_Section):
     )
     reuse: ReuseMode = Field(default=ReuseMode.APPROX, description="default of requests that do not say")
     plan: str = Field(
-        default="uniform:5", description="default recompute plan: none, uniform:5, pyramid:..., file:plan.json"
+        default="guarded",
+        description="default recompute plan: guarded (probes that are watched), none, uniform:5, pyramid:..., "
+        "file:plan.json",
     )
     guard_budget: float = Field(
         default=0.02,

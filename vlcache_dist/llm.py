@@ -2,7 +2,7 @@
 
 >>> from vlcache_dist import LLM, SamplingParams
 >>> llm = LLM(model="tiny", device="cpu", dtype="float32")
->>> out = llm.chat(messages, SamplingParams(max_tokens=32), reuse="approx", plan="uniform:5")
+>>> out = llm.chat(messages, SamplingParams(max_tokens=32), reuse="approx", plan="guarded")
 >>> out.text, out.vlcache[0].reused_tokens
 """
 
@@ -58,7 +58,6 @@ from vlcache_dist.wire import Generation
 
 Messages = Sequence[Mapping[str, Any]]
 DEFAULT_SAMPLING = SamplingParams()
-DEFAULT_PLAN = "uniform:5"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +121,7 @@ class LLM:
         self.config = checkpoint.config
         size = engine.tensor_parallel
         self.layout = kv_layout(self.config, checkpoint.fingerprint, placement.dtype, size)
+        self._default_plan = self._resolved(engine.plan)
         self._tower = checkpoint.load_vision_tower(placement.device, placement.torch_dtype)
         self.arena, self.store = build_store(self.layout, engine, placement.device)
         if size == 1:
@@ -159,12 +159,12 @@ class LLM:
 
     @overload
     def chat(
-        self, messages: Messages, sampling: SamplingParams = ..., *, reuse: str = ..., plan: str = ...
+        self, messages: Messages, sampling: SamplingParams = ..., *, reuse: str = ..., plan: str | None = ...
     ) -> Output: ...
 
     @overload
     def chat(
-        self, messages: Sequence[Messages], sampling: SamplingParams = ..., *, reuse: str = ..., plan: str = ...
+        self, messages: Sequence[Messages], sampling: SamplingParams = ..., *, reuse: str = ..., plan: str | None = ...
     ) -> list[Output]: ...
 
     def chat(
@@ -173,18 +173,18 @@ class LLM:
         sampling: SamplingParams = DEFAULT_SAMPLING,
         *,
         reuse: str = "approx",
-        plan: str = DEFAULT_PLAN,
+        plan: str | None = None,
     ) -> Output | list[Output]:
         """Answer one conversation in OpenAI's message format, or a list of them in one batch.
 
         Pictures are ``image_url`` parts with ``data:``, ``http(s):`` or ``file:`` URLs. ``reuse``: ``approx`` (image KV
-        at any position, ``plan`` says what is recomputed, default ``uniform:5``), ``exact`` (exact prefixes only) or
+        at any position; ``plan`` says what is recomputed, None: ``engine.plan``), ``exact`` (exact prefixes only) or
         ``off`` (no cache is read or filled). Raises BadRequest and its kin, before anything is computed.
         """
         mode = _reuse_mode(reuse)
-        if plan != DEFAULT_PLAN and mode is not ReuseMode.APPROX:
+        if plan is not None and mode is not ReuseMode.APPROX:
             raise BadRequest(f"plan {plan!r} means nothing with reuse={mode}: only approx recomputes by a plan")
-        resolved = resolve_plan(plan, model=self.layout.model, num_layers=self.layout.num_layers)
+        resolved = self._default_plan if plan is None else self._resolved(plan)
         if not messages:
             raise BadRequest("messages: a conversation, or a list of them, is wanted")
         single = isinstance(messages[0], Mapping)
@@ -192,6 +192,9 @@ class LLM:
         requests = [self._request(c, sampling, mode, resolved) for c in conversations]  # type: ignore[arg-type]
         outputs = self._run(requests)
         return outputs[0] if single else outputs
+
+    def _resolved(self, plan: str) -> Plan:
+        return resolve_plan(plan, model=self.layout.model, num_layers=self.layout.num_layers)
 
     # -- one batch ----------------------------------------------------------------------------------------------
 

@@ -116,7 +116,8 @@ class SpanReport(msgspec.Struct, frozen=True):
     ``deviation``: what the canary saw, in units of its limit (None: nobody watched); above 1 the span and all behind it
     are ``escalated``: computed in full before the first token was released, whatever was reused at first. ``why``:
     "canary" (its own probes, after the warm pass), "earlier span" (another's, likewise), "remembered" (such a context
-    proved harmful before: nothing was tried), "trusted" (it proved harmless before: nobody watched).
+    proved harmful before: nothing was tried), "trusted" (it proved harmless before: nobody watched), "rechecked" (it
+    alarmed, or one before it; a second pass corrected it and left the answer as it was, so that it is not escalated).
     """
 
     digest: str

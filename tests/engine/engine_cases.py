@@ -259,9 +259,10 @@ class World:
         return extent
 
     def reuse(self, span: MediaSpan, kv: Extent, plan: str) -> Reuse:
-        depths = Plan.parse(plan).depths(span.length, self.layout.num_layers)
+        parsed = Plan.parse(plan)
+        depths = parsed.depths(span.length, self.layout.num_layers)
         try:
-            return Reuse(kv, depths, self.embedding(span) if depths.any() else None)
+            return Reuse(kv, depths, self.embedding(span) if depths.any() else None, canary=parsed.canary)
         except StoreFull:
             self.store.unpin(kv)
             raise

@@ -83,6 +83,14 @@ def test_harmful_reuse_is_seen_and_undone(llm: LLM) -> None:
     assert [report.reused_tokens for report in watched.vlcache] == [0, 0]
 
 
+def test_who_configures_nothing_gets_the_right_answer(llm: LLM) -> None:
+    """The default plan on pictures that changed their roles: verified or undone, never the wrong answer."""
+    full, out = llm.chat(swapped(), ONE_TOKEN, reuse="off"), llm.chat(swapped(), ONE_TOKEN)
+    assert out.text == full.text
+    assert all(report.deviation > 1 for report in out.vlcache)
+    assert {report.why for report in out.vlcache} <= {"rechecked", "canary", "earlier span"}
+
+
 def test_harmless_reuse_is_left_alone(llm: LLM) -> None:
     question = user(text("Look at the picture. The house is old.\nPicture 1: "), part(1), text(ask(1)))
     out = llm.chat(question, ONE_TOKEN, plan="none+canary:1,2,5<0.5")

@@ -109,6 +109,18 @@ def test_recomputed_rows_travel(plan: str) -> None:
     assert all(export.rows[i][1] < export.rows[i + 1][0] for i in range(len(export.rows) - 1))
 
 
+def test_rows_that_a_second_pass_corrected_travel() -> None:
+    """No object has them: the decode side must not rebuild them from the one they were reused from."""
+    source, target = pair()
+    source.ask([4, "a", 2])
+    source.ask([4, "b", 2])
+    plan = "none+canary:0,2,1<0.000001,again:20@1<900"
+    generation = source.generation([7, "a", 2, "b", 3], plan=plan, max_tokens=6)
+    export, moved = hand_over(source, target, generation)
+    assert [report.why for report in source.results[generation.request_id].done.reports] == ["rechecked"] * 2  # type: ignore[union-attr]
+    assert shipped(export) == set(range(len(generation.token_ids))) and not moved
+
+
 def test_a_prefix_hit_still_knows_its_objects() -> None:
     """Turn 2 starts with turn 1's blocks; its picture's rows are still derivable and do not travel."""
     source, target = pair()

@@ -98,6 +98,22 @@ def test_a_handoff_leaves_and_enters_every_rank(monkeypatch: pytest.MonkeyPatch)
         world.assert_idle()
 
 
+@pytest.mark.parametrize("limit", ["900", "0"], ids=["released", "escalated"])
+def test_a_second_pass_runs_on_every_rank(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sharded_world(2, monkeypatch) as sharded:
+        alone, world = World(config=CONFIG), sharded.world
+        for each in (alone, world):
+            each.picture("a")
+            each.ask([3, "a", 5])
+        plan = f"none+canary:0,2,1<0.000001,again:20@1<{limit}"
+        theirs, ours = (each.ask([11, "a", 5], plan=plan, max_tokens=4) for each in (alone, world))
+        assert ours.tokens == theirs.tokens and ours.done is not None and theirs.done is not None
+        assert ours.done.reports[0].why == theirs.done.reports[0].why == ("rechecked" if limit == "900" else "canary")
+        for mine, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
+        world.assert_idle()
+
+
 def test_the_canary_looks_at_every_ranks_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     with sharded_world(4, monkeypatch) as sharded:
         alone, world = World(config=CONFIG), sharded.world

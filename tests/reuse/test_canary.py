@@ -22,7 +22,15 @@ def test_probe_tokens_lead_and_stride() -> None:
     assert probe_tokens(16384, 0, 3).tolist() == [2730, 8192, 13653]
 
 
-@pytest.mark.parametrize("spelling", ["none+canary:0,3,5<0.5", "uniform:5,min=2+canary:2,0,1<0.25,7<3"])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "none+canary:0,3,5<0.5",
+        "uniform:5,min=2+canary:2,0,1<0.25,7<3",
+        "none+canary:0,3,5<0.5,again:5@8<0.02",
+        "none+canary:1,2,1<1,5<0.5,again:0.5@9<0",
+    ],
+)
 def test_spellings_come_back(spelling: str) -> None:
     plan = Plan.parse(spelling)
     assert str(plan) == spelling and Plan.parse(str(plan)) == plan
@@ -49,6 +57,12 @@ def test_a_full_plan_needs_no_canary() -> None:
         "1,2,5<1,5<2",
         "1,2,6<1,5<2",
         "9999,1,5<1",
+        "0,3,again:5@8<0.02",
+        "0,3,again:5@8<0.02,5<1",
+        "0,3,5<1,again:0@8<0.02",
+        "0,3,5<1,again:101@8<0.02",
+        "0,3,5<1,again:5<0.02",
+        "0,3,5<1,again:5@8<0.02,again:5@8<0.02",
     ],
 )
 def test_bad_canaries(text: str) -> None:
@@ -56,7 +70,15 @@ def test_bad_canaries(text: str) -> None:
         Plan.parse(f"none+canary:{text}")
 
 
+def test_a_second_pass_counts_whole_tokens() -> None:
+    canary = Plan.parse("none+canary:0,3,5<0.5,again:5@8<0.02").canary
+    assert canary is not None and canary.again is not None
+    assert [canary.again.count(n) for n in (0, 1, 20, 21, 64)] == [0, 1, 1, 2, 4]
+
+
 def test_layers_must_exist() -> None:
+    with pytest.raises(InvalidPlan, match="again in layer 10"):
+        Plan.parse("none+canary:0,3,5<1,again:5@10<1").depths(64, 10)
     with pytest.raises(InvalidPlan, match="layer 10"):
         Plan.parse("none+canary:0,3,10<1").depths(64, 10)
 

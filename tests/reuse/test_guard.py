@@ -12,6 +12,7 @@ from vlcache_dist.reuse.ladder import Level, always_alarmed, first_step, plan_at
 from vlcache_dist.reuse.plan import Plan
 
 WATCHED, BLIND = Plan.parse("none+canary:0,3,5<0.5"), Plan.parse("uniform:5")
+CHECKED = Plan.parse("none+canary:0,3,5<0.5,again:5@8<0.02")
 FINE, WRONG = Shadow(0.001, True, False), Shadow(8.0, False, False)
 
 
@@ -113,6 +114,11 @@ def test_formats_are_bounded() -> None:
     ("plan", "tightened", "strengthened"),
     [
         ("none+canary:0,3,5<0.5", "none+canary:0,3,5<0.25", "uniform:20+canary:0,3,5<0.125"),
+        (
+            "none+canary:0,3,5<0.5,again:5@8<0.02",
+            "none+canary:0,3,5<0.25,again:5@8<0.01",
+            "uniform:20+canary:0,3,5<0.125",
+        ),
         ("uniform:5", "uniform:5", "uniform:20"),
         ("pyramid:40-2,min=16", "pyramid:40-2,min=16", "pyramid:100-20,min=64"),
         ("counts:80*2,10", "counts:80*2,10", "counts:320*2,40"),
@@ -130,9 +136,10 @@ def test_levels_change_plans(plan: str, tightened: str, strengthened: str) -> No
 def test_a_trial_always_alarms() -> None:
     import numpy as np
 
-    for plan in (WATCHED, BLIND):
+    for plan in (WATCHED, CHECKED, BLIND):
         trial = Plan.parse(str(always_alarmed(plan)))
         assert trial.canary is not None and trial.canary.excess(np.zeros((10, 3))) > 1
+        assert trial.canary.again is None, "what reuse would have said is compared with the full answer"
 
 
 def test_evidence() -> None:

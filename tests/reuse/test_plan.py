@@ -198,3 +198,13 @@ def test_unreadable_files_are_refused(tmp_path):
             parse_plan_file(data, model="m", num_layers=3, name="plan.json")
     with pytest.raises(InvalidPlan, match="lists 2 layers"):
         resolve_plan("counts:2,1", model="m", num_layers=3)
+
+
+def test_who_says_nothing_gets_probes_that_are_watched_and_verified():
+    plan = resolve_plan("guarded", model="m", num_layers=10)
+    assert str(plan) == "none+canary:0,3,5<0.42,again:5@8<0.02"
+    assert (plan.depths(64, 10) > 0).sum() == 3
+    assert str(resolve_plan("guarded", model="m", num_layers=28)) == "none+canary:0,3,14<0.42,again:5@22<0.02"
+    assert str(resolve_plan("guarded", model="m", num_layers=1)) == "none+canary:0,3,0<0.42,again:5@0<0.02"
+    with pytest.raises(InvalidPlan, match="before it travels"):
+        Plan.parse("guarded")

@@ -12,7 +12,7 @@ from vlcache_dist.types import ReuseMode
 
 def test_defaults_are_the_documented_ones() -> None:
     settings = Settings.read()
-    assert settings.engine.reuse is ReuseMode.APPROX and settings.engine.plan == "uniform:5"
+    assert settings.engine.reuse is ReuseMode.APPROX and settings.engine.plan == "guarded"
     assert (settings.serve.encoders, settings.serve.prefills, settings.serve.decodes) == (1, 2, 1)
 
 

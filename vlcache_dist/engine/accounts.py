@@ -51,7 +51,14 @@ class Accounts:
         prefix = cache.stats()
         names = (
             *("steps", "finished", "aborted", "failed", "prompt_tokens", "generated_tokens", "scattered_tokens"),
-            *("spans_recorded", "spans_watched", "spans_escalated", "spans_streamed", "spans_revoked"),
+            *(
+                "spans_recorded",
+                "spans_watched",
+                "spans_escalated",
+                "spans_rechecked",
+                "spans_streamed",
+                "spans_revoked",
+            ),
         )
         return EngineStats(
             waiting=waiting,

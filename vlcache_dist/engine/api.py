@@ -178,6 +178,7 @@ class EngineStats:
     ``layer_query_rows[l]``: rows that went through attention and MLP of layer l. ``scattered_tokens``: vision tokens
     whose pages were filled from objects. ``spans_watched``: reused spans whose canary was read;
     ``spans_escalated``: spans that were computed after all because their own canary or an earlier one called.
+    ``spans_rechecked``: spans that alarmed, or stood behind one that did, and were released after a second pass;
     ``spans_streamed``: reused spans whose layers were computed on while later ones were still arriving;
     ``spans_revoked``: spans whose arriving source was withdrawn."""
 
@@ -202,5 +203,6 @@ class EngineStats:
     layer_query_rows: tuple[int, ...]
     spans_watched: int = 0
     spans_escalated: int = 0
+    spans_rechecked: int = 0
     spans_streamed: int = 0
     spans_revoked: int = 0

@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +44,8 @@ from vlcache_dist.engine.scheduler import Scheduler
 from vlcache_dist.engine.sequence import Sequence, SpanState, prompt_tokens
 from vlcache_dist.engine.sources import SourceBook
 from vlcache_dist.engine.streaming import StreamedChunk, Streamer
-from vlcache_dist.engine.watch import Look, Watched
+from vlcache_dist.engine.verdict import Drawn, Ratios, Verdicts
+from vlcache_dist.engine.watch import Look
 from vlcache_dist.errors import BadRequest, EngineError, Overloaded, PromptTooLong, VLCacheError, WorkerLost
 from vlcache_dist.kv.block_chain import BlockChain
 from vlcache_dist.kv.object_store import Extent, ObjectStore
@@ -111,6 +111,7 @@ class Engine:
         self._failed_steps = 0
         self._sources = SourceBook(store, self.layout, self._emit)
         self._accounts = Accounts(self.layout.num_layers)
+        self._verdicts = Verdicts(runner, store, self._sources, self._accounts.counters)
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -286,21 +287,22 @@ class Engine:
             for sequence, chunk in work:
                 sequence.offer(self.prefix, chunk.end)
             looks = {
-                sequence.request_id: self._look(sequence) for sequence in sampled if sequence.watch_from is not None
+                sequence.request_id: self._verdicts.look(sequence)
+                for sequence in sampled
+                if sequence.watch_from is not None
             }
             tokens, logprobs = forward.result()
             seen = {request_id: look.ratios() for request_id, look in looks.items()}
         except WorkerLost:
             raise  # a shard is gone, and the engine with it
         except Exception as error:
-            self._pass_failed(work, error)
+            self._pass_failed([sequence for sequence, _ in work], error)
             return
         self._passed(work, batch)
         for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
             if sequence.request_id in seen:
-                look = looks[sequence.request_id]
-                if self._settle(sequence, look.spans, seen[sequence.request_id]):
-                    sequence.discarded = (token, logprob)
+                look, drawn = looks[sequence.request_id], (token, logprob)
+                if self._settle(sequence, look, seen[sequence.request_id], drawn, now):
                     continue  # this token is not released: the sequence goes back and draws it again
             self._token(sequence, token, logprob, now)
 
@@ -313,7 +315,7 @@ class Engine:
             except WorkerLost:
                 raise
             except Exception as error:
-                self._pass_failed([start], error)
+                self._pass_failed([sequence], error)
                 return
             self._accounts.counters["spans_streamed"] += len(self._stream.spans)
         stream = self._stream
@@ -324,7 +326,7 @@ class Engine:
             if not stream.advance():
                 return
             if stream.look is None and chunk.sample and sequence.watch_from is not None:
-                stream.look = self._look(sequence)
+                stream.look = self._verdicts.look(sequence)
             if not stream.admitted:
                 return
             sequence.offer(self.prefix, chunk.end)  # while the device computes, as in ``_run``
@@ -333,13 +335,14 @@ class Engine:
         except WorkerLost:
             raise
         except Exception as error:
-            self._pass_failed([(sequence, chunk)], error)
+            self._pass_failed([sequence], error)
             return
         self._stream, sequence.streaming = None, False
         self._passed([(sequence, chunk)], stream.step)
-        if ratios is not None and stream.look is not None and self._settle(sequence, stream.look.spans, ratios):
-            return
         for token, logprob in zip(tokens, logprobs, strict=True):
+            if stream.look is not None and ratios is not None:
+                if self._settle(sequence, stream.look, ratios, (token, logprob), now):
+                    continue
             self._token(sequence, token, logprob, now)
 
     def _drop_stream(self) -> None:
@@ -368,45 +371,26 @@ class Engine:
         for sequence, chunk in work:
             self._written(sequence, chunk)
 
-    def _look(self, sequence: Sequence) -> Look:
-        """Compare the probes of all watched spans with what they were reused from, behind the pass under way."""
-        watched = []
-        for index, state in enumerate(sequence.spans):
-            probes = sequence.probes(index)
-            if len(probes) and isinstance(state.source, Reuse):
-                slots = sequence.slots(state.span.start, state.span.end)[probes]
-                watched.append(Watched(index, state.span.length, state.source.kv, probes, slots))
-        return Look(self.runner, watched)
-
-    def _settle(self, sequence: Sequence, spans: Iterable[Watched], ratios: Iterable[np.ndarray]) -> bool:
-        """Judge what the canaries saw. True: the sequence was sent back to the first span that alarmed."""
-        first = None
-        for watched, seen in zip(spans, ratios, strict=True):
-            state = sequence.spans[watched.index]
-            if not isinstance(state.source, Reuse) or state.source.canary is None:
-                continue
-            state.deviation = state.source.canary.excess(seen)
-            self._accounts.counters["spans_watched"] += 1
-            if state.deviation > 1 and first is None:
-                first = watched.index
-        sequence.watch_from = None
-        if first is not None:
-            self._accounts.counters["spans_escalated"] += sequence.escalate(first)
-            for state in sequence.spans[:first]:
-                self._sources.unhold(state, keep_kv=sequence.mode is Mode.PREFILL)
+    def _settle(self, sequence: Sequence, look: Look, ratios: Ratios, drawn: Drawn, now: float) -> bool:
+        """True: the token that was ``drawn`` is not to be released, its sequence goes back (or has failed)."""
+        try:
+            back = self._verdicts.settle(sequence, look.spans, ratios, drawn, now)
+        except WorkerLost:
+            raise
+        except Exception as error:
+            self._pass_failed([sequence], error)
             return True
-        sequence.offer(self.prefix, sequence.num_computed)
-        for state in sequence.spans:
-            self._sources.unhold(state, keep_kv=sequence.mode is Mode.PREFILL)
-        return False
+        if not back:
+            sequence.offer(self.prefix, sequence.num_computed)
+        return back
 
-    def _pass_failed(self, work: list[tuple[Sequence, ChunkWork]], error: Exception) -> None:
-        """Its requests fail; so do all cached blocks, since some of them may have been offered too early."""
+    def _pass_failed(self, sequences: list[Sequence], error: Exception) -> None:
+        """They fail; so do all cached blocks, since some of them may have been offered too early."""
         self._failed_steps += 1
-        log.exception("a forward pass of %d sequences failed", len(work))
+        log.exception("a forward pass of %d sequences failed", len(sequences))
         if self._failed_steps >= MAX_FAILED_STEPS:
             raise EngineError(f"{self._failed_steps} forward passes in a row failed: {error}") from error
-        for sequence, _ in work:
+        for sequence in sequences:
             self._fail(sequence, EngineError(f"forward pass: {type(error).__name__}: {error}"))
         self.pool.drop_contents()
 
@@ -571,6 +555,9 @@ class Engine:
         a, b = max(start, chunk.start), min(state.span.end, chunk.end)
         if isinstance(source, Reuse) and a < b:
             copied = source.depths[a - start : b - start] == 0
+            if state.shifted is not None:  # no object has these rows
+                self._origins.clear(sequence.slots(a, b)[copied])
+                return
             self._origins.set(sequence.slots(a, b)[copied], source.kv.key, source.kv.variant)
 
     def _fail(self, sequence: Sequence, error: VLCacheError) -> None:

@@ -120,6 +120,50 @@ class Runner:
         cached = torch.cat(parts, 1).float()
         return torch.stack([(fresh - cached).square().sum((-2, -1)), cached.square().sum((-2, -1))])
 
+    @torch.inference_mode()
+    def reread(self, step: StepBatch, layer: int, slots: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """One sampled row over pages that are filled, its own KV included: its logits fp32 [vocab], and the attention
+        that it pays in ``layer`` to the keys at ``slots`` int64 [n] (all that it sees), summed over heads: fp32 [n].
+        Writes nothing. Does not wait."""
+        batch = ForwardBatch.from_step(step, self.device)
+        batch.slots.fill_(-1)
+        model, arena, layers = self.model, self.arena.tensor, self.model.config.num_layers
+        x = model.embed(batch, arena)
+        if layer:
+            x = model.run_layers(x, batch, self.pages, arena, 0, layer)
+        q = model.queries(x, layer, batch)[0].float()
+        logits = model.logits(model.run_layers(x, batch, self.pages, arena, layer, layers))[0]
+        (on_device,) = upload((slots,), self.device)
+        keys = self.pages[layer, 0].flatten(0, 1).index_select(0, on_device).float()
+        scores = torch.einsum("hgd,nhd->hgn", q.view(keys.shape[1], -1, q.shape[-1]), keys) * q.shape[-1] ** -0.5
+        return logits, scores.softmax(-1).sum((0, 1))
+
+    @torch.inference_mode()
+    def lend(
+        self,
+        extent: tuple[int, int],
+        probes: np.ndarray,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        target: Extent,
+    ) -> None:
+        """Fill ``target``, a staging extent of the same size, with the KV object at ``extent`` (offset, tokens), to all
+        tokens of which is added, layer by layer, what tokens ``probes`` int64 [p] of it have gained on average in the
+        pages (slots int64 [p], positions int32 [3, p]): K before rotation, and V. Does not wait."""
+        (offset, tokens), layout = extent, self.arena.layout
+        at, rows, where = upload((slots, probes, positions), self.device)
+        size = layout.kv_elements(tokens)
+        heads, dim = self.pages.shape[-2:]
+        stored, shifted = (
+            self.arena.tensor[start : start + size].view(layout.num_layers, 2, tokens, heads, dim)
+            for start in (offset, target.offset)
+        )
+        cos, sin = (x.repeat(layout.num_layers, 1) for x in self.model.rope(where))
+        fresh = self.pages.flatten(2, 3).index_select(2, at)  # [layer, 2, p, head, dim]
+        fresh[:, 0] = kernels.rotate(fresh[:, 0].flatten(0, 1), cos, -sin).view_as(fresh[:, 0])
+        gained = fresh.float() - stored.index_select(2, rows).float()
+        torch.add(stored, gained.mean(2, keepdim=True).to(stored.dtype), out=shifted)
+
     def store_embeddings(self, rows: torch.Tensor, extent: Extent) -> None:
         """Copy encoder output [n, hidden] of any dtype and device into an embedding extent; waits until it is there."""
         self.arena.embedding_view(extent, len(rows)).copy_(rows)

@@ -12,6 +12,7 @@ from vlcache_dist.engine.batch import ChunkWork, SpanWork, block_slots
 from vlcache_dist.kv.block_chain import BlockChain
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.kv.prefix_cache import PrefixCache
+from vlcache_dist.reuse.canary import Again
 from vlcache_dist.types import KVSource, MediaSpan, ReuseMode, SamplingParams, SpanReport, TokenLogprobs
 from vlcache_dist.wire import Generation
 
@@ -24,13 +25,25 @@ class Handover:
     pinned: tuple[Extent, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Span ``first`` alarmed, and a second pass is to tell whether that matters. ``logprobs`` fp32 [vocab]: the first
+    token's distribution in the first pass, ``drawn``: what was drawn from it."""
+
+    first: int
+    again: Again
+    logprobs: np.ndarray
+    drawn: tuple[int, TokenLogprobs | None]
+
+
 @dataclass(slots=True)
 class SpanState:
     """A span and its source. ``cached``: its leading tokens that lie in the prefix hit (``length``: all of it, and no
     source is needed). ``work``: what batches need of it, until it is computed. ``held``: committed extents pinned for
     it. ``record``: the extent that its KV is recorded in. ``repeated``: an earlier span of the prompt has its key.
     ``arriving``: the source is not admitted yet; it comes in ``groups`` of layers (their edges), of which layers
-    [0, ``layers_here``) are there. ``deviation``, ``escalated``, ``why``: see ``SpanReport``."""
+    [0, ``layers_here``) are there. ``deviation``, ``escalated``, ``why``: see ``SpanReport``. ``shifted``: a copy of
+    the source's KV, corrected by what its probes gained, which a second pass reuses instead (one of ``held``)."""
 
     span: MediaSpan
     repeated: bool
@@ -45,6 +58,7 @@ class SpanState:
     deviation: float | None = None
     escalated: bool = False
     why: str = ""
+    shifted: Extent | None = None
 
     @property
     def needs_source(self) -> bool:
@@ -149,6 +163,8 @@ class Sequence:
         self.handover: Handover | None = None
         self.streaming = False  # a pass ahead of admission is under way
         self.discarded: tuple[int, TokenLogprobs | None] | None = None  # first token of a pass that a canary threw away
+        self.doubt: Doubt | None = None  # a second pass is to settle it
+        self.private_from: int | None = None  # from here on, blocks are right for this question alone
         self.computed_rows = 0
         self.arrived = arrived
         self.admitted_at = arrived
@@ -251,25 +267,49 @@ class Sequence:
         escalated = 0
         for index in range(first, len(self.spans)):
             state = self.spans[index]
+            if not self.suspicious(index):
+                continue
+            assert isinstance(state.source, Reuse)
+            state.source = replace(state.source, depths=np.full(state.span.length, self.num_layers, np.int32))
+            state.escalated = True
+            state.why = "canary" if state.deviation is not None and state.deviation > 1 else "earlier span"
+            escalated += 1
+            if self.chain is not None:
+                self.chain.set_variant(state.span.index, None)
+        self._go_back(first)
+        return escalated
+
+    def retry(self, first: int, chosen: dict[int, np.ndarray]) -> None:
+        """Go back to span ``first`` for a second pass in which tokens ``chosen`` int64 [c] of some suspicious spans are
+        computed in every layer besides what was. All extents must still be held."""
+        for index, tokens in chosen.items():
+            source = self.spans[index].source
+            assert isinstance(source, Reuse)
+            depths = source.depths.copy()
+            depths[tokens] = self.num_layers
+            self.spans[index].source = replace(source, depths=depths)
+        self._go_back(first)
+
+    def suspicious(self, index: int) -> bool:
+        """True for a reused span that can be computed after all when it, or one before it, has alarmed."""
+        source = self.spans[index].source
+        return isinstance(source, Reuse) and source.canary is not None and source.embedding is not None
+
+    def _go_back(self, first: int) -> None:
+        """Compute span ``first`` and everything behind it once more, as the sources say now."""
+        for state in self.spans[first:]:
             source, span = state.source, state.span
             if source is None:
                 continue
-            if isinstance(source, Reuse):
-                if source.canary is None or source.embedding is None:
-                    state.work = SpanWork(span.start, span.length, source.depths, source.kv.offset)
-                    continue
-                state.source = replace(source, depths=np.full(span.length, self.num_layers, np.int32))
-                state.escalated = True
-                state.why = "canary" if state.deviation is not None and state.deviation > 1 else "earlier span"
-                escalated += 1
-                if self.chain is not None:
-                    self.chain.set_variant(span.index, None)
-            if source.embedding is not None:
-                state.work = SpanWork(span.start, span.length, embed_base=source.embedding.offset)
+            embed_base = None if source.embedding is None else source.embedding.offset
+            if isinstance(source, Reuse) and (source.depths < self.num_layers).any():
+                kv = source.kv if state.shifted is None else state.shifted
+                state.work = SpanWork(span.start, span.length, source.depths, kv.offset, embed_base)
+            else:
+                state.work = SpanWork(span.start, span.length, embed_base=embed_base)
         self.num_computed = max(self.spans[first].span.start, self.prefix_tokens)
         self._find_taint()
         self._count_active()
-        return escalated
 
     def admit(self, index: int, kv: Extent, embedding: Extent | None) -> None:
         """What was arriving is all there, and valid: ``kv`` is it, and ``embedding`` if that was arriving too."""
@@ -345,6 +385,8 @@ class Sequence:
         """Let other sequences start with the blocks that are full once ``num_computed`` positions are computed."""
         if self.watch_from is not None:  # until its canary is read, nobody knows what will be in these blocks
             num_computed = min(num_computed, self.spans[self.watch_from].span.start)
+        if self.private_from is not None:
+            num_computed = min(num_computed, self.private_from)
         stop = num_computed // self.block_size * self.block_size
         if self.chain is None or stop <= self.num_offered:
             return

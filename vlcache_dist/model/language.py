@@ -154,6 +154,15 @@ class LanguageModel:
         """Hidden states [n, C] after the last layer -> next-token logits fp32 [n, vocab]."""
         return F.linear(kernels.rms_norm(x, self.norm, self.config.rms_norm_eps), self.lm_head).float()
 
+    @torch.inference_mode()
+    def queries(self, x: torch.Tensor, n: int, batch: ForwardBatch) -> torch.Tensor:
+        """Rotated queries [rows, heads of this model, D] of layer ``n`` for hidden states x [rows, C] before it."""
+        layer = self.layers[n]
+        h = kernels.rms_norm(x, layer.input_norm, self.config.rms_norm_eps)
+        q, _, _ = self._project(h, layer, len(h))
+        cos, sin = self.rope(batch.positions)
+        return kernels.rotate(q.contiguous(), cos[: len(x)], sin[: len(x)])
+
     def reduce(self, partial: torch.Tensor) -> torch.Tensor:
         """What the attention's and the MLP's output projection made of this model's heads and features [rows, C], to
         the sum over all: the identity, except in a shard (``model.parallel``), where it may work in place."""

@@ -136,6 +136,12 @@ class _Follower:
                 self._runner.unpack(_staging(command.offset, command.elements), command.slots)
             case p.Compare():
                 self._meeting().all_reduce(self._runner.compare(command.extents, command.probes, command.slots))
+            case p.Reread():
+                _, paid = self._runner.reread(command.step, command.layer, command.slots)
+                self._meeting().all_reduce(paid)
+            case p.Lend():
+                target = _staging(command.offset, command.elements)
+                self._runner.lend(command.extent, command.probes, command.slots, command.positions, target)
             case p.StoreEmbeddings():
                 elements = self._arena.layout.embedding_elements(command.rows)
                 self._meeting().broadcast(self._arena.tensor[command.offset : command.offset + elements])

@@ -128,6 +128,25 @@ class StoreEmbeddings(Command, frozen=True):
     rows: int
 
 
+class Reread(Command, frozen=True):
+    """Take part in ``Runner.reread``."""
+
+    step: StepBatch
+    layer: int
+    slots: np.ndarray
+
+
+class Lend(Command, frozen=True):
+    """``Runner.lend`` into the staging extent at ``offset``."""
+
+    extent: tuple[int, int]
+    probes: np.ndarray
+    slots: np.ndarray
+    positions: np.ndarray
+    offset: int
+    elements: int
+
+
 class Compare(Command, frozen=True):
     """Take part in ``engine.watch``'s comparison: per span the offset of its extent, its length and its probes
     [p]; ``slots`` of all probes."""

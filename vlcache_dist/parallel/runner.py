@@ -95,6 +95,26 @@ class ShardedRunner(Runner):
             self._group.post(p.Compare(tuple(extents), tuple(probes), slots))
             return self._group.collective.all_reduce(super().compare(extents, probes, slots))
 
+    def reread(self, step: StepBatch, layer: int, slots: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``Runner.reread``: attention over the heads of all ranks."""
+        with self._group.in_step():
+            self._group.post(p.Reread(step, layer, slots))
+            logits, paid = super().reread(step, layer, slots)
+            return logits, self._group.collective.all_reduce(paid)
+
+    def lend(
+        self,
+        extent: tuple[int, int],
+        probes: np.ndarray,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        target: Extent,
+    ) -> None:
+        """See ``Runner.lend``: every rank for its own heads."""
+        with self._group.in_step():
+            self._group.post(p.Lend(extent, probes, slots, positions, target.offset, target.elements))
+            super().lend(extent, probes, slots, positions, target)
+
     def store_embeddings(self, rows: torch.Tensor, extent: Extent) -> None:
         """See ``Runner.store_embeddings``: on every rank."""
         with self._group.in_step():

@@ -159,7 +159,7 @@ class Shadows:
                 watch.asked.tenant,
                 recorded_in(variant),
                 signature(tokens, spans, place),
-                alarmed=report.deviation > 1,
+                alarmed=report.deviation > 1 and report.why != "rechecked",
                 was_right=wrong,
             )
 

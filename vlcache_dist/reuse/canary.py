@@ -6,10 +6,16 @@ do, and the span with everything behind it is computed in full. See docs/reuse.m
 
 Spelling, behind a plan's: ``none+canary:1,2,5<0.31,6<0.4``: one leading and two strided probe tokens, limits of
 layers 5 and 6. A limit of 0 is always exceeded: reuse is tried, compared and thrown away.
+
+``...,again:10@8<0.05`` behind the limits: an alarm is first checked by a second pass. What the probes gained is lent to
+the other tokens of their span (rank one, in every layer), and the 10 % of the suspicious vision tokens that the
+prompt's last token attends to most in layer 8 are computed as well. If the first token's distribution moves by no more
+than 0.05 nats (KL of the second pass against the first), the second answer is released.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -23,6 +29,28 @@ MAX_PROBES = 4096
 MAX_LIMIT = 1000.0
 _NUMBER = re.compile(r"[0-9]{1,4}")
 _LIMIT = re.compile(r"([0-9]{1,4})<([0-9]{1,4}(?:\.[0-9]{1,6})?)")
+_AGAIN = re.compile(r"again:([0-9]{1,3}(?:\.[0-9]{1,6})?)@([0-9]{1,4})<([0-9]{1,4}(?:\.[0-9]{1,6})?)")
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The second pass behind an alarm: ``percent`` of the suspicious spans' tokens, chosen by the attention paid to
+    them in ``layer``; ``limit`` in nats."""
+
+    percent: float
+    layer: int
+    limit: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percent <= 100:
+            raise InvalidPlan(f"canary again:{self.percent:g}: must be more than 0 and at most 100 percent")
+
+    def count(self, num_tokens: int) -> int:
+        """How many of so many tokens."""
+        return min(num_tokens, math.ceil(num_tokens * self.percent / 100 - 1e-9))
+
+    def __str__(self) -> str:
+        return f"again:{_decimal(self.percent)}@{self.layer}<{_decimal(self.limit)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +60,7 @@ class Canary:
     leading: int
     strided: int
     limits: tuple[tuple[int, float], ...]
+    again: Again | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.leading + self.strided <= MAX_PROBES:
@@ -49,6 +78,9 @@ class Canary:
     def parse(cls, text: str) -> Canary:
         """What follows ``canary:`` in a spelling. Raises InvalidPlan."""
         leading, strided, *limits = ([*text.split(","), "", ""])[: max(2, text.count(",") + 1)]
+        again = _AGAIN.fullmatch(limits[-1]) if limits else None
+        if again is not None:
+            limits.pop()
         if not (_NUMBER.fullmatch(leading) and _NUMBER.fullmatch(strided)):
             raise InvalidPlan(f"canary {text!r}: expected LEADING,STRIDED,LAYER<LIMIT,...")
         pairs = []
@@ -57,11 +89,12 @@ class Canary:
             if found is None:
                 raise InvalidPlan(f"canary {text!r}: {item!r} is not LAYER<LIMIT, as in 5<0.31")
             pairs.append((int(found[1]), float(found[2])))
-        return cls(int(leading), int(strided), tuple(pairs))
+        second = None if again is None else Again(float(again[1]), int(again[2]), float(again[3]))
+        return cls(int(leading), int(strided), tuple(pairs), second)
 
     def __str__(self) -> str:
         limits = ",".join(f"{layer}<{_decimal(limit)}" for layer, limit in self.limits)
-        return f"canary:{self.leading},{self.strided},{limits}"
+        return f"canary:{self.leading},{self.strided},{limits}" + (f",{self.again}" if self.again else "")
 
     def probes(self, num_tokens: int) -> np.ndarray:
         """Probe tokens of a span: int64, ascending."""
@@ -78,6 +111,8 @@ class Canary:
         """Raise InvalidPlan if a limit is of a layer that the model does not have."""
         if self.limits[-1][0] >= num_layers:
             raise InvalidPlan(f"canary limit of layer {self.limits[-1][0]}: the model has {num_layers} layers")
+        if self.again is not None and self.again.layer >= num_layers:
+            raise InvalidPlan(f"canary again in layer {self.again.layer}: the model has {num_layers} layers")
 
 
 def _decimal(value: float) -> str:

@@ -15,7 +15,7 @@ class Level(enum.IntEnum):
 
     NORMAL = 0
     TIGHTENED = 1  #: canary limits halved
-    STRENGTHENED = 2  #: limits at a quarter, four times the tokens, at least a fifth of the picture
+    STRENGTHENED = 2  #: limits at a quarter, no second pass, four times the tokens, at least a fifth of the picture
     OFF = 3  #: everything is computed
 
 
@@ -46,7 +46,10 @@ def always_alarmed(plan: Plan) -> Plan:
 
 
 def _scaled(canary: Canary, factor: float) -> Canary:
-    return replace(canary, limits=tuple((layer, limit * factor) for layer, limit in canary.limits))
+    again = canary.again
+    if again is not None:
+        again = replace(again, limit=again.limit * factor) if factor > _TIGHTER[Level.STRENGTHENED] else None
+    return replace(canary, limits=tuple((layer, limit * factor) for layer, limit in canary.limits), again=again)
 
 
 def _stronger(plan: Plan) -> Plan:

@@ -9,6 +9,8 @@ Spellings (percent figures are of the span's own length, rounded up to whole tok
 ``pyramid:20-2``             20 % in the first layer, falling linearly to 2 % in the last; ``,min=16`` as above
 ``counts:80*4,40*8,16*16``   tokens per layer, first layer first; ``x*k`` stands for k layers
 ``percents:20*4,2.5*24``     percent per layer
+``guarded``                  the default: probes, watched and verified; it becomes a spelling with a canary where the
+                             number of layers is known (``reuse.guarded``)
 ``file:plan.json``           read where the file lies (``reuse.plan_file``); it becomes ``counts:`` or ``percents:``,
                              so that a spelling on the wire always carries the whole plan
 
@@ -37,7 +39,7 @@ from vlcache_dist.reuse.probes import with_probes
 MAX_SPELLING = 8192  #: characters; a plan is part of a request and is parsed before anything else is known about it
 MAX_LAYERS = 1024
 MAX_TOKENS = 10_000_000
-FORMS = "none, full, uniform:PERCENT, pyramid:FIRST-LAST, counts:..., percents:..., file:PATH"
+FORMS = "guarded, none, full, uniform:PERCENT, pyramid:FIRST-LAST, counts:..., percents:..., file:PATH"
 
 _PERCENT = re.compile(r"[0-9]{1,3}(\.[0-9]{1,6})?")
 _COUNT = re.compile(r"[0-9]{1,8}")
@@ -73,6 +75,8 @@ class Plan(ABC):
             return LayerCounts(tuple(int(_count(x, spelling)) for x in _expand(rest, spelling)))
         if form == "percents":
             return LayerPercents(tuple(_percent(x, spelling) for x in _expand(rest, spelling)))
+        if form == "guarded":
+            raise InvalidPlan(f"plan {spelling!r}: it takes no argument, and is spelled out before it travels")
         if form == "file":
             raise InvalidPlan(f"plan {spelling!r}: files are read where the server or library is configured, not here")
         raise InvalidPlan(f"plan {spelling!r}: unknown form {form!r}; known are {FORMS}")

@@ -19,6 +19,7 @@ import msgspec
 
 from vlcache_dist.errors import InvalidPlan
 from vlcache_dist.reuse.canary import Canary
+from vlcache_dist.reuse.guarded import spelled_out
 from vlcache_dist.reuse.plan import Guarded, LayerCounts, LayerPercents, Plan
 
 FORMAT = 1
@@ -37,7 +38,8 @@ class PlanFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
 
 def resolve_plan(spelling: str, *, model: str, num_layers: int) -> Plan:
-    """``Plan.parse``, and ``file:PATH`` read from this machine's disk; for operators' and library users' spellings.
+    """``Plan.parse``, ``guarded`` spelled out (``reuse.guarded``), and ``file:PATH`` read from this machine's disk; for
+    operators' and library users' spellings.
 
     Raises InvalidPlan for a malformed spelling, an unreadable file, one made for another model (``model`` is the
     weights fingerprint), or a plan whose layers do not fit the model.
@@ -49,9 +51,7 @@ def resolve_plan(spelling: str, *, model: str, num_layers: int) -> Plan:
         except OSError as error:
             raise InvalidPlan(f"plan file {path!r}: {error.strerror or error}") from error
         return parse_plan_file(data, model=model, num_layers=num_layers, name=path)
-    plan = Plan.parse(spelling)
-    plan.counts(1, num_layers)
-    return plan
+    return Plan.parse(spelled_out(spelling, num_layers))
 
 
 def parse_plan_file(data: bytes, *, model: str, num_layers: int, name: str) -> Plan:

@@ -34,6 +34,7 @@ from vlcache_dist.media import MediaItem, MediaProcessor
 from vlcache_dist.media_fetch import MediaFetcher
 from vlcache_dist.node import FrontNode
 from vlcache_dist.prompt import Prompt, PromptBuilder, TokenText
+from vlcache_dist.reuse.guarded import spelled_out
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.reuse.plan_file import resolve_plan
 from vlcache_dist.rpc import Call, Reply
@@ -187,8 +188,7 @@ class Frontend:
         reuse = request.reuse or self._settings.engine.reuse
         if request.plan is not None and reuse is not ReuseMode.APPROX:
             raise BadRequest(f"a plan goes with reuse 'approx', not with {reuse.value!r}")
-        plan = self._default_plan if request.plan is None else str(Plan.parse(request.plan))
-        Plan.parse(plan).counts(1, self._layout.num_layers)  # InvalidPlan if it is another model's
+        plan = self._default_plan if request.plan is None else spelled_out(request.plan, self._layout.num_layers)
         items = await self._fetcher.load_all(request.conversation.media)
         self._media[request.request_id] = items
         off = reuse is ReuseMode.OFF

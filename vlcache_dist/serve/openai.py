@@ -53,7 +53,7 @@ class VLCacheOptions(_Body):
 
     reuse: ReuseMode | None = Field(default=None, description="approx, exact or off; default: the server's (approx)")
     plan: str | None = Field(
-        default=None, max_length=1000, description="recompute plan of approx: none, uniform:5, pyramid:..."
+        default=None, max_length=1000, description="recompute plan of approx: guarded, none, uniform:5, ..."
     )
     prefill_worker: str | None = Field(
         default=None, max_length=200, description="name of the worker that must prefill (tests, demonstrations)"

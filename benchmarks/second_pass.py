@@ -1,0 +1,98 @@
+"""The engine itself under a watched plan, on the evaluation's formats: what is released, rechecked, computed in full.
+
+    python benchmarks/second_pass.py --suite held-out --cases 16 --json benchmarks/results/second-pass-tiny.json
+
+Every case: empty caches, the donors' prompts, the question under the plan, and once with nothing reused. KL is a lower
+bound over 20 alternatives (``reuse.drift``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlcache_dist import LLM, SamplingParams
+from vlcache_dist.config import EngineSettings
+from vlcache_dist.evaluate.cases import Dialogue, by_format
+from vlcache_dist.evaluate.generated import generate
+from vlcache_dist.evaluate.scoring import is_right
+from vlcache_dist.reuse.drift import first_token_drift
+
+HARMFUL_KL = 0.1
+
+
+def messages(dialogue: Dialogue) -> list[dict[str, Any]]:
+    def part(value: Any) -> dict[str, Any]:
+        if isinstance(value, str):
+            return {"type": "text", "text": value}
+        data = base64.b64encode(value.data()).decode()
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+    return [
+        {"role": role, "content": parts[0] if role == "system" else [part(p) for p in parts]}
+        for role, parts in dialogue.turns
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="held-out")
+    parser.add_argument("--cases", type=int, default=16, help="per format")
+    parser.add_argument("--seed", type=int, default=8)
+    parser.add_argument("--plan", default="guarded")
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    llm = LLM("tiny", "cpu", "float32", engine=EngineSettings(store_bytes=64 << 20, kv_bytes=32 << 20))
+    sampling, short = SamplingParams(max_tokens=12, logprobs=20), SamplingParams(max_tokens=1)
+    rows = []
+    for name, cases in by_format(generate(options.suite, options.cases, options.seed)).items():
+        counts: Counter[str] = Counter()
+        computed = 0.0
+        for case in cases:
+            llm.store.clear()
+            llm.engine.pool.drop_contents()
+            for donor in dict.fromkeys(d for d in case.donors if d is not None):
+                llm.chat(messages(donor.dialogue), short, plan="full")
+            llm.engine.pool.drop_contents()
+            prompt = messages(case.dialogue)
+            answer = llm.chat(prompt, sampling, plan=options.plan)
+            full = llm.chat(prompt, sampling, reuse="off")
+            assert answer.logprobs is not None and full.logprobs is not None
+            kl, agrees = first_token_drift(full.logprobs[0], answer.logprobs[0])
+            right = is_right(answer.text, case.answers, case.metric)
+            full_right = is_right(full.text, case.answers, case.metric)
+            watched = [r for r in answer.vlcache if r.deviation is not None]
+            counts["right"] += right
+            counts["full_right"] += full_right
+            counts["agrees"] += agrees
+            counts["harmful"] += kl > HARMFUL_KL or (full_right and not right)
+            counts["alarmed"] += any(r.deviation > 1 for r in watched if r.deviation is not None)
+            counts["rechecked"] += any(r.why == "rechecked" for r in watched)
+            counts["escalated"] += any(r.escalated for r in watched)
+            computed += sum(r.recomputed_layer_tokens for r in watched) / max(
+                sum(r.vision_tokens for r in watched) * llm.layout.num_layers, 1
+            )
+        rows.append(
+            {"format": name, "cases": len(cases), **counts, "final_pass_share": round(computed / len(cases), 4)}
+        )
+        print(rows[-1], flush=True)
+        options.json.write_text(
+            json.dumps(
+                {"suite": options.suite, "seed": options.seed, "plan": options.plan, "rows": rows}
+                | {"machine": f"{platform.machine()} CPU, fp32, torch {torch.__version__}"},
+                indent=1,
+            )
+            + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
