@@ -108,3 +108,15 @@ async def test_a_caller_that_leaves_while_the_holder_is_asked() -> None:
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
     await pair.settle()
+
+
+@virtual
+async def test_a_listener_that_fails_leaves_nothing_behind() -> None:
+    pair = Pair()
+
+    def begun(extent: Extent) -> None:
+        raise ArithmeticError("the engine says no")
+
+    await refused(pair.fetch(on_group=lambda *group: None, on_extent=begun), ArithmeticError)
+    assert "Acquire" not in pair.cluster.calls
+    await pair.settle()

@@ -281,11 +281,7 @@ class Fetcher:
                 return self._store.stage(prefix, self._clock(), transfer=True)
             return self._store.begin(kind, key, variant, elements, self._clock(), transfer=True, meta=meta)
 
-        extent: Extent | None = None
-        if flight is not None:
-            extent = begin(holder.variant)
-            flight.begun(extent)
-        only = holder.variant if exact_variant or (extent is not None and prefix is None) else None
+        only = holder.variant if exact_variant or (flight is not None and prefix is None) else None
         asked_at = self._clock()
         acquire = wire.Acquire(
             reader=self._transport.info.worker_id,
@@ -297,9 +293,13 @@ class Fetcher:
             checksum=verify,
             prefix=0 if prefix is None else prefix * itemsize,
         )
+        extent: Extent | None = None
         lease: wire.Lease | None = None
         reading = False
         try:
+            if flight is not None:
+                extent = begin(holder.variant)
+                flight.begun(extent)
             lease = await self._acquire(holder.address, acquire)
             if lease.nbytes != elements * itemsize:
                 raise LayoutMismatch(
