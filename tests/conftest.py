@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ ROOT = Path(__file__).parents[1]
 # Chosen when a kernel module is imported, whichever test imports it first (see tests/kernels/conftest.py).
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell that starts the suite in the background has SIGINT ignored in it, and so in the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The suite is meant for small machines, and results must not depend on how work is split over cores.
 torch.set_num_threads(1)
