@@ -69,20 +69,22 @@ class Incoming:
 
 
 class Arrival:
-    """One span's KV from ``holder`` in ``groups`` of layers, and the encoder output of the rows to recompute."""
+    """One span's KV from ``holder`` in ``groups`` of layers, and the encoder output of the rows to recompute.
+    ``rows_arrive``: the engine was told where the latter will be, not that it is there."""
 
     def __init__(self, holder: wire.Holder, groups: tuple[int, ...], kv: Incoming, rows: Incoming) -> None:
         self.holder, self.groups, self.kv, self.rows = holder, groups, kv, rows
+        self.rows_arrive = False
 
     @property
     def layers(self) -> int:
-        """How many layers can be computed: none without the rows' input."""
-        return self.kv.layers if self.rows.over or self.rows.layers else 0
+        """How many layers can be computed: none without the rows' input. (That its fetch is over says nothing: it may
+        have failed.)"""
+        return self.kv.layers if self.rows.layers or not self.rows_arrive else 0
 
     async def follow(self, on_engine: OnEngine, request_id: str, index: int) -> VLCacheError | None:
         """Tell the engine, which has both extents as the span's source, of all that lands, and of the end: admitted
         (None), or withdrawn (why). Raises WorkerLost if the engine is gone."""
-        rows_arrive = not self.rows.over
 
         def tell() -> None:
             layers = self.layers
@@ -93,12 +95,12 @@ class Arrival:
         tell()
         try:
             kv = await self.kv.valid()
-            rows = await self.rows.valid() if rows_arrive else None
+            rows = await self.rows.valid() if self.rows_arrive else None
         except VLCacheError as error:
             await asyncio.shield(_awaited(on_engine(lambda engine: engine.revoke(request_id, index))))
             return error
         assert kv is not None
-        taken = [self.kv, *([self.rows] if rows_arrive else [])]
+        taken = [self.kv, *([self.rows] if self.rows_arrive else [])]
         admitting = asyncio.ensure_future(_awaited(on_engine(lambda engine: engine.admit(request_id, index, kv, rows))))
         for incoming in taken:
             incoming.take()  # by the engine, whatever becomes of the request

@@ -330,7 +330,7 @@ class SpanResolver:
                 log.warning("KV of %s not had from %s: %s", span.key.hex()[:16], holder.worker_id, error)
                 return None
             assert extent is not None
-            arriving = streamed and not rows.over
+            arriving = arrival.rows_arrive = streamed and not rows.over
             if not arriving:
                 rows.take()
             if not streamed:
