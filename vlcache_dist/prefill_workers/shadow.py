@@ -21,7 +21,7 @@ from blake3 import blake3
 from vlcache_dist.engine.api import Admitted, Compute, Mode, PrefillDone, TokenEvent
 from vlcache_dist.engine.bridge import EngineBridge
 from vlcache_dist.engine.engine import Engine
-from vlcache_dist.errors import VLCacheError
+from vlcache_dist.errors import EngineError, VLCacheError
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
 from vlcache_dist.reuse.context import Advice, ContextMemory, prompt_format, recorded_in, signature
@@ -239,7 +239,8 @@ class Shadows:
                 elif isinstance(event, PrefillDone):
                     done = event
                 elif isinstance(event, TokenEvent):
-                    assert done is not None and event.logprobs is not None
+                    if done is None or event.logprobs is None:
+                        raise EngineError(f"{request_id} drew a token out of turn, or without its alternatives")
                     finished = True
                     return done, event.logprobs
         finally:
