@@ -312,7 +312,7 @@ class SpanResolver:
         else:
             arrival = self._order(span, holder)
         kv, rows = arrival.kv, arrival.rows
-        streamed = False
+        streamed = whole = False
         try:
             await kv.begun()
             if kv.extent is not None:
@@ -335,11 +335,12 @@ class SpanResolver:
                 rows.take()
             if not streamed:
                 kv.take()
+                whole = True
                 return self._reuse(span, extent, embedding, advice, holder.worker_id), None
             source = self._reuse(span, extent, embedding, advice, holder.worker_id)
             return replace(source, groups=arrival.groups, rows_arrive=arriving), arrival
         finally:
-            if not streamed:
+            if not (streamed or whole):  # both fetches are over: to wait here once more could lose what was taken
                 await arrival.close()
 
     async def _rows(self, span: MediaSpan, watch: tuple[OnGroup, OnExtent] | None = None) -> Extent | None:
