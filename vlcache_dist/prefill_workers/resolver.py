@@ -99,11 +99,15 @@ class SpanResolver:
 
     async def stop(self) -> None:
         """End what was begun and is not used; nothing is begun afterwards. Idempotent."""
-        if self._heading is not None:
-            self._heading.cancel()
-            await asyncio.gather(self._heading, return_exceptions=True)
-        while self._ahead:
-            _, arrival = self._ahead.popitem()
+        heading, ahead = self._heading, list(self._ahead.values())
+        if heading is not None:
+            heading.cancel()  # it orders without a pause behind its last wait: what it has not ordered, it never will
+        self._ahead.clear()
+        for arrival in ahead:
+            arrival.drop()
+        if heading is not None:
+            await asyncio.gather(heading, return_exceptions=True)
+        for arrival in ahead:
             await arrival.close()
 
     async def _head_start(self) -> None:
@@ -136,17 +140,21 @@ class SpanResolver:
         ends the request."""
         self._open = set(needed)
         following: list[asyncio.Task[None]] = []
+        arrivals: list[Arrival] = []
         try:
             for index in needed:
                 tried: set[bytes] = set()
                 arrival = await self._place(index, tried)
                 if arrival is not None:
+                    arrivals.append(arrival)
                     following.append(asyncio.create_task(self._follow(index, arrival, tried)))
             await self.stop()
             await asyncio.gather(*following)
         finally:
             for task in following:
                 task.cancel()
+            for arrival in arrivals:
+                arrival.drop()  # a task that is cancelled before its first step does not get to that
             await asyncio.gather(*following, return_exceptions=True)
 
     async def _place(self, index: int, tried: set[bytes]) -> Arrival | None:
