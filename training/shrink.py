@@ -60,8 +60,8 @@ class Neurons:
     def __init__(self, model: Any) -> None:
         named = dict(model.named_parameters())
         self.down = {n: p.detach() for n, p in named.items() if n.endswith("mlp.down_proj.weight")}
-        self.second = {n: torch.zeros(p.shape[1], p.shape[1]) for n, p in self.down.items()}
-        self.mean = {n: torch.zeros(p.shape[1]) for n, p in self.down.items()}
+        self.second = {n: torch.zeros(p.shape[1], p.shape[1], dtype=torch.float64) for n, p in self.down.items()}
+        self.mean = {n: torch.zeros(p.shape[1], dtype=torch.float64) for n, p in self.down.items()}
         self.rows = dict.fromkeys(self.down, 0)
         self._config, (self._vision, self._language) = model.config, parts(named, torch.float32)
         self._names = {p.data_ptr(): n for n, p in self.down.items()}
@@ -73,7 +73,7 @@ class Neurons:
 
         def watched(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             if (name := self._names.get(weight.data_ptr())) is not None:
-                seen = x.flatten(0, -2)
+                seen = x.flatten(0, -2).double()
                 self.second[name].addmm_(seen.T, seen)
                 self.mean[name] += seen.sum(0)
                 self.rows[name] += len(seen)
@@ -88,7 +88,7 @@ class Neurons:
     def kept(self, name: str, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
         """The neurons to keep [count]; the weights [hidden, count] by which they write what all wrote, and what is to
         be added to a bias [hidden] for it; and what share of the MLP's output, in squares, is lost."""
-        second, mean = self.second[name].double() / self.rows[name], self.mean[name].double() / self.rows[name]
+        second, mean = self.second[name] / self.rows[name], self.mean[name] / self.rows[name]
         down = self.down[name].double()
         score = second.diagonal().sqrt() * down.norm(dim=0)
         chosen = score.topk(count).indices.sort().values
