@@ -57,16 +57,27 @@ class Schedule:
         return self.rate * warm * min(1.0, max(0.005, (1 - self.progress) / (1 - DECAY_FROM)))
 
 
+def by_answer(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Cross entropy in which every answer counts the same, however long: who can read whole rows already learns most
+    from the short answers that are still wrong."""
+    answers = len(batch.families)
+    learnt = batch.target >= 0
+    length = torch.bincount(batch.answer, minlength=answers + 1)
+    weight = learnt / length[batch.answer]
+    each = F.cross_entropy(logits, batch.target.clamp(min=0), reduction="none")
+    return (each * weight).sum() / answers
+
+
 class _Stream(torch.utils.data.IterableDataset):
-    def __init__(self, tokenizer: Path, tokens: int, hardness: Any, seed: int) -> None:
-        self._arguments = tokenizer, tokens, hardness, seed
+    def __init__(self, tokenizer: Path, tokens: int, hardness: Any, seed: int, lessons: bool) -> None:
+        self._arguments = tokenizer, tokens, hardness, seed, lessons
 
     def __iter__(self) -> Any:
-        tokenizer, tokens, hardness, seed = self._arguments
+        tokenizer, tokens, hardness, seed, lessons = self._arguments
         info = torch.utils.data.get_worker_info()
         if info is not None:
             torch.set_num_threads(1)
-        return stream(Encoder(tokenizer), seed * 1000 + (info.id if info else 0), tokens, hardness)
+        return stream(Encoder(tokenizer), seed * 1000 + (info.id if info else 0), tokens, hardness, lessons)
 
 
 class Trainer:
@@ -162,11 +173,11 @@ class Trainer:
         states: else these grow, and later layers cannot write over them.)"""
         vision, language = self.weights()
         seen = forward(self.model.config, vision, language, batch, self.sprites, blocks=self.blocks)
-        loss = F.cross_entropy(seen.logits, batch.target)
         learnt = batch.target >= 0
         self.right += torch.stack((((seen.logits.argmax(-1) == batch.target) & learnt).sum(), learnt.sum()))
         if self.started:
-            return loss
+            return by_answer(seen.logits, batch)
+        loss = F.cross_entropy(seen.logits, batch.target)
         truth = torch.cat([aux.flatten(0, 1) for aux in batch.aux]).long().unbind(1)
         classes = AUX_CLASSES, PLACE_CLASSES
         for reader, states, sizes, weight in zip(
@@ -180,7 +191,7 @@ class Trainer:
     def run(self, max_steps: int, validate: int, say: Any = print, seconds: float = math.inf) -> None:
         """Until the time is over, or after ``max_steps`` more steps or ``seconds``; the next run goes on.
         ``validate``: questions per family and size."""
-        data = _Stream(self.tokenizer, self.tokens, self.hardness, self.seed + self.step)
+        data = _Stream(self.tokenizer, self.tokens, self.hardness, self.seed + self.step, not self.started)
         more = {"prefetch_factor": 4, "multiprocessing_context": "spawn"} if self.workers else {}
         batches = iter(
             torch.utils.data.DataLoader(
