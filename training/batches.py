@@ -248,7 +248,8 @@ def shapes(tokens: int) -> dict[int, list[Shape]]:
 
 def stream(encoder: Encoder, seed: int, tokens: int, hardness: Any, lessons: bool = True) -> Iterator[Batch]:
     """Batches of about ``tokens`` tokens for ever. ``hardness`` in [0, 1] is read anew for each if it is a shared
-    value: at 0 one picture of 8 x 8 cells and little text, at 1 up to three of all sizes. ``lessons``: as in ``Draw``."""
+    value: at 0 one picture of 8 x 8 cells and little text, at 1 up to three of all sizes.
+    ``lessons``: as in ``Draw``."""
     rng = random.Random(seed)
     known = shapes(tokens)
     easy = [shape for shape in known[1] if shape.grids == ((8, 8),) and shape.room < 384]

@@ -244,7 +244,7 @@ class BenchWorker:
         )
 
     async def _ask(self, generation: wire.Generation, source: KVSource) -> tuple[int, float]:
-        """Run one request: its first token and the milliseconds until then. Raises Elsewhere if its KV did not come from
+        """Run one request: its first token and the milliseconds until then. Raises Elsewhere if its KV is not from
         ``source``."""
         started = time.perf_counter()
         states = await self.worker.node.lookup([span.key for span in generation.spans])
