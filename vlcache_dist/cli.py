@@ -57,6 +57,9 @@ def serve(
     plan: Annotated[
         str, typer.Option(help="default recompute plan: guarded, none, uniform:5, pyramid:..., file:plan.json")
     ] = "guarded",
+    donors: Annotated[
+        str, typer.Option(help="whose image KV is shared: first (request), canonical or background")
+    ] = "first",
     api_keys: Annotated[
         Path | None, typer.Option(help="file with what `vlcache-dist api-key` prints; without one: loopback only")
     ] = None,
@@ -67,7 +70,7 @@ def serve(
     settings = _settings(
         config,
         model={"model": model, "device": device, "dtype": dtype},
-        engine={"reuse": reuse, "plan": plan, "tensor_parallel": tensor_parallel},
+        engine={"reuse": reuse, "plan": plan, "donors": donors, "tensor_parallel": tensor_parallel},
         serve={
             "host": host,
             "port": port,

@@ -353,15 +353,26 @@ class Handoff(msgspec.Struct, frozen=True):
     staging: Lease | None  #: None: colocated, handed over by reference
 
 
+class DonorContext(msgspec.Struct, frozen=True):
+    """The context in which a picture's KV is computed for others: token ids ``before`` it and ``after`` it (at least
+    one). ``ahead``: before the request that shows it is answered, else when there is time."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    ahead: bool
+
+
 class Prefill(Message, frozen=True):
     """Compute a prompt's KV and its first token. Streams one ``Prefilled``; a colocated worker
     goes on with ``Tokens``. ``hints``: what the ingress, which had to ask for the sake of placement, heard from the
-    directory; a hint that proves stale costs one more look-up."""
+    directory; a hint that proves stale costs one more look-up. ``donor``: the only context that KV is recorded in;
+    None: the request's own."""
 
     generation: Generation
     source: MediaSource
     timeout_s: float
     hints: tuple[KeyState, ...] = ()
+    donor: DonorContext | None = None
 
 
 class Prefilled(Message, frozen=True):

@@ -39,6 +39,7 @@ from vlcache_dist.errors import (
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.arrival import Arrival, Incoming
+from vlcache_dist.prefill_workers.donors import is_donor
 from vlcache_dist.prefill_workers.production import LocalProduction
 from vlcache_dist.reuse.context import Advice, signature, variant_in
 from vlcache_dist.reuse.plan import Guarded, Plan
@@ -75,6 +76,7 @@ class SpanResolver:
         self._encoders = encoders
         self._generation = message.generation
         self._source = message.source
+        self._donor = message.donor
         self._hints = {state.key: state for state in message.hints}
         self._plan = Plan.parse(message.generation.plan)
         self._deadline = deadline
@@ -230,7 +232,9 @@ class SpanResolver:
         reusable = approx and not self._plan.is_full(span.length, self._node.layout.num_layers)
         if reusable and (found := await self._from_stores(index, span, tried)) is not None:
             return found  # without another word to the engine: the bytes may be on their way
-        allowed = await self._on_engine(lambda engine: engine.recordable(self._generation.request_id, index))
+        allowed = self._is_donor(index) and await self._on_engine(
+            lambda engine: engine.recordable(self._generation.request_id, index)
+        )
         if not reusable:
             record = self._record_extent(index, span) if allowed and await self._claim(span.key) else None
             return await self._compute(span, record), None
@@ -243,6 +247,10 @@ class SpanResolver:
                 return await self._compute(span, None), None
             if (found := await self._from_stores(index, span, tried)) is not None:
                 return found
+
+    def _is_donor(self, index: int) -> bool:
+        """Whether others may have this request's KV of span ``index``."""
+        return self._donor is None or is_donor(self._donor, self._generation, index)
 
     async def _compute(self, span: MediaSpan, record: Extent | None, *, remembered: bool = False) -> Compute:
         try:
