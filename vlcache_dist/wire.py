@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from vlcache_dist.kv.layout import KVLayout
+from vlcache_dist.reuse.books import Observation, Standing
 from vlcache_dist.transfer.base import PeerInfo
 from vlcache_dist.types import (
     ContentKey,
@@ -200,6 +201,25 @@ class Await(Message, frozen=True):
 
 class Awaited(Message, frozen=True):
     holders: tuple[Holder, ...]  #: empty: the claim ended without an object, or time is up
+
+
+class ShareBooks(Message, frozen=True):
+    """A prefill worker's guard to the common books of its model (``scope``: fingerprint), every heartbeat. ``epoch``:
+    of the shard that it heard last; ``copies`` go to a new one. ``known``: rank per format."""
+
+    worker_id: WorkerId
+    scope: str
+    epoch: str
+    known: dict[str, tuple[int, int]]
+    news: tuple[Observation, ...]
+    copies: tuple[Standing, ...] = ()
+
+
+class SharedBooks(Message, frozen=True):
+    """What the worker did not know. Another ``epoch`` than it named: nothing was counted, tell again with copies."""
+
+    epoch: str
+    standings: tuple[Standing, ...]
 
 
 # -- any worker with a store ------------------------------------------------------------------------------------
@@ -425,6 +445,7 @@ REPLIES: dict[type[Message], type[Message]] = {
     Claim: ClaimReply,
     Unclaim: Ok,
     Await: Awaited,
+    ShareBooks: SharedBooks,
     Hello: HelloReply,
     Acquire: Lease,
     Renew: Lease,

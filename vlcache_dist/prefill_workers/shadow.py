@@ -24,9 +24,10 @@ from vlcache_dist.engine.engine import Engine
 from vlcache_dist.errors import EngineError, VLCacheError
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
+from vlcache_dist.reuse.books import Shadow
 from vlcache_dist.reuse.context import Advice, ContextMemory, prompt_format, recorded_in, signature
 from vlcache_dist.reuse.drift import ALTERNATIVES, first_token_drift
-from vlcache_dist.reuse.guard import Guard, Shadow
+from vlcache_dist.reuse.guard import Guard
 from vlcache_dist.reuse.ladder import Level, always_alarmed, plan_at
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.types import ContentKey, ObjectKind, ReuseMode, SamplingParams, TokenLogprobs, Variant
@@ -142,7 +143,7 @@ class Shadows:
             before = done.discarded[1]
             if before is not None:  # the answer is the full one, and what reuse would have said is known
                 kl, agrees = first_token_drift(token.logprobs, before)
-                self.guard.observe(watch.format, watch.plan, Shadow(kl, agrees, True))
+                self.guard.observe(watch.format, watch.plan, Shadow(kl, agrees, True), watch.level)
                 self._counts["in_line"] += 1
         elif any(report.reused_tokens for report in done.reports) and watch.level is not Level.OFF:
             self._queue(watch, token.logprobs)
@@ -200,7 +201,7 @@ class Shadows:
             return
         self.guard.spent(done.compute_s)
         kl, agrees = first_token_drift(full, pending.first)
-        level = self.guard.observe(watch.format, watch.plan, Shadow(kl, agrees, False))
+        level = self.guard.observe(watch.format, watch.plan, Shadow(kl, agrees, False), watch.level)
         self._counts["runs"] += 1
         if level is not watch.level:
             log.warning("reuse in prompts of format %r is %s now", watch.format, level.name.lower())

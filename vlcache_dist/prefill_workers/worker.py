@@ -23,6 +23,7 @@ from vlcache_dist.engine.warmup import warm_up
 from vlcache_dist.errors import DeadlineExceeded, EngineError, StoreFull, WorkerLost
 from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.donors import Donors
+from vlcache_dist.prefill_workers.guard_books import GuardBooks
 from vlcache_dist.prefill_workers.production import LocalProduction
 from vlcache_dist.prefill_workers.resolver import SpanResolver
 from vlcache_dist.prefill_workers.shadow import Shadows, Watch
@@ -52,11 +53,13 @@ class PrefillWorker:
         self.engine = engine
         self._bridge = EngineBridge(engine, self._stray, name=f"{node.name}-engine")
         self._production = LocalProduction()
-        self.shadows = Shadows(node, self._bridge, engine, guard or Guard())
+        self.shadows = Shadows(node, self._bridge, engine, guard or Guard(owner=node.worker_id))
+        self._books = GuardBooks(node, self.shadows.guard)
         self.donors = Donors(node, lambda: engine.stats(), self._record)
         self._resolvers: dict[str, SpanResolver] = {}
         self._parked: dict[str, _Parked] = {}
         self._speed = PassSpeed()
+        self._started = asyncio.Event()
         node.handle(wire.Prefill, self.prefill)
         node.handle(wire.ReleaseHandoff, self.release_handoff)
         node.on_load(self.load)
@@ -67,6 +70,9 @@ class PrefillWorker:
         await asyncio.to_thread(warm_up, self.engine, decodes=self.node.role is Role.COLOCATED)
         self._bridge.start()
         await self.node.start()
+        await self._books.exchange()  # a worker that comes back is as careful as the others
+        self._started.set()
+        self.node.spawn(self._books.run())
         self.node.spawn(self._expire_parked())
         self.node.spawn(self.shadows.run())
         self.node.spawn(self.donors.run())
@@ -105,6 +111,7 @@ class PrefillWorker:
     async def prefill(self, message: wire.Prefill, call: Call) -> AsyncIterator[wire.Prefilled | wire.Tokens]:
         """Handler of ``wire.Prefill``. Leaving it early (cancel, deadline, error) frees everything it held."""
         started = asyncio.get_running_loop().time()
+        await self._started.wait()
         if message.donor is not None and message.donor.ahead:
             await self.donors.ahead(message)
         mode = Mode.GENERATE if self.node.role is Role.COLOCATED else Mode.PREFILL
