@@ -19,8 +19,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from vlcache_dist import wire
 from vlcache_dist.engine.api import Compute, Reuse
 from vlcache_dist.engine.bridge import OnEngine
@@ -361,11 +359,11 @@ class SpanResolver:
 
     async def _rows(self, span: MediaSpan, watch: tuple[OnGroup, OnExtent] | None = None) -> Extent | None:
         """Encoder output of what the plan recomputes, pinned; None if that is nothing. ``watch``: ``_embedding``."""
-        recomputed = np.flatnonzero(self._plan.depths(span.length, self._node.layout.num_layers))
-        if not len(recomputed):
+        if self._plan.is_none(span.length, self._node.layout.num_layers):
             return None
         # A canary may ask for the whole span.
-        rows = span.length if self._plan.canary is not None else int(recomputed[-1]) + 1
+        leading = self._plan.counts(span.length, self._node.layout.num_layers)[0]
+        rows = span.length if self._plan.canary is not None else leading
         return await self._embedding(span, rows, watch)
 
     def _reuse(self, span: MediaSpan, kv: Extent, embedding: Extent | None, advice: Advice, holder: str = "") -> Reuse:
