@@ -17,8 +17,7 @@ from vlcache_dist.evaluate.generated import SUITES, generate
 from vlcache_dist.evaluate.plots import chart
 from vlcache_dist.evaluate.policies import SpanView, parse_policy
 from vlcache_dist.evaluate.public import read_folder
-from vlcache_dist.evaluate.report import edit_distance
-from vlcache_dist.evaluate.scoring import is_right, kl_divergence
+from vlcache_dist.evaluate.scoring import edit_distance, is_right, kl_divergence, score
 
 N, LAYERS = 64, 10
 
@@ -86,8 +85,9 @@ def test_bad_policies(spelling: str) -> None:
 
 
 def test_a_comma_belongs_to_its_spelling() -> None:
-    text = "none,uniform:5,min=4,none+canary:0,3,5<0.5,counts:8*4,2*6,full"
-    assert split_policies(text) == ["none", "uniform:5,min=4", "none+canary:0,3,5<0.5", "counts:8*4,2*6", "full"]
+    text = "none,uniform:5,min=4,none+canary:0,3,5<0.5,again:5@8<0.02,counts:8*4,2*6,full"
+    watched = "none+canary:0,3,5<0.5,again:5@8<0.02"
+    assert split_policies(text) == ["none", "uniform:5,min=4", watched, "counts:8*4,2*6", "full"]
 
 
 def test_public_layouts(tmp_path: Path) -> None:
@@ -128,6 +128,37 @@ def test_public_mistakes_are_named(tmp_path: Path, line: str, why: str) -> None:
     (tmp_path / "a.jsonl").write_text(line)
     with pytest.raises(ConfigError, match=why):
         read_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "metric"),
+    [
+        ({"docId": 1}, "anls"),
+        ({"metric": "anls"}, "anls"),
+        ({"answers": ["a"] * 10}, "vqa"),
+        ({"answer": "a"}, "exact"),
+    ],
+)
+def test_a_layout_has_its_metric(tmp_path: Path, more: dict[str, object], metric: str) -> None:
+    (tmp_path / "1.png").write_bytes(draw("form", 1).png())
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "What?", "image": "1.png", "answer": "a", **more}))
+    assert {case.metric for case in read_folder(tmp_path)} == {metric}
+
+
+def test_an_unknown_metric_is_named(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(draw("form", 1).png())
+    line = {"question": "What?", "image": "1.png", "answer": "a", "metric": "bleu"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ConfigError, match="'bleu': known are exact"):
+        read_folder(tmp_path)
+
+
+def test_scores_between_right_and_wrong() -> None:
+    assert score("Abcde.", ("abcdx", "q"), "anls") == pytest.approx(0.8) and score("abcde", ("vwxye",), "anls") == 0
+    people = ("red",) * 2 + ("blue",) * 8
+    assert score("Red", people, "vqa") == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert score("blue", people, "vqa") == 1 and score("green", people, "vqa") == 0
+    assert is_right("abcde", ("abcdx",), "anls") and not is_right("red", people[:1], "vqa")
 
 
 def test_scoring() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from vlcache_dist.errors import ConfigError
 from vlcache_dist.evaluate import report
 from vlcache_dist.evaluate.cases import Case, Dialogue, Donor, Shown, batches
 from vlcache_dist.evaluate.journal import Journal
+from vlcache_dist.evaluate.report import Outcome
 from vlcache_dist.evaluate.run import outcome_units, read_outcomes
+from vlcache_dist.evaluate.second_pass import best_repair, choose_second_pass
 from vlcache_dist.evaluate.study import read_sightings, sighting_units, statistics
 from vlcache_dist.evaluate.workers import BenchSpec, Unit, run_units
 from vlcache_dist.reuse.calibrate import LimitChoice, budget_plans, choose_limit, least_error, limit_at
-from vlcache_dist.reuse.canary import Canary
+from vlcache_dist.reuse.canary import Again, Canary
 from vlcache_dist.reuse.plan import LayerPercents, Plan
 from vlcache_dist.reuse.plan_file import FORMAT
 
@@ -33,14 +35,16 @@ _PERCENTS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0)
 class Goal:
     """``budget``: percent of token-layers besides the probes; with ``kl_bound`` (nats) instead the least one that keeps
     the mean KL below it. ``probes``: leading, strided. The canary catches the share ``catch`` of harmful cases, or,
-    with ``false_alarms``, as many as that share of alarms in harmless cases allows. ``repair``: percent of token-layers
-    that a repair of harmful contexts may compute; 0: none is looked for."""
+    with ``false_alarms``, as many as that share of alarms in harmless cases allows. ``release``: share of harmful cases
+    that a second pass behind an alarm may release; None: there is none. ``repair``: percent of token-layers that a
+    plan which always makes a second pass may compute; 0: none is looked for."""
 
     budget: float = 2.0
     kl_bound: float | None = None
     probes: tuple[int, int] = (0, 3)
     catch: float = 0.99
     false_alarms: float | None = None
+    release: float | None = 0.01
     repair: float = 5.0
 
 
@@ -102,26 +106,30 @@ class Calibration:
         kl = {name: row["kl"] for name, row in self.rows(f"layer counts at {budget:g} %", cases, plans).items()}
         return least_error(kl), kl
 
+    def second_pass(
+        self, cases: Sequence[Case], base: str, canary: Canary, layers: Sequence[int], bound: float
+    ) -> tuple[Again | None, dict[str, Any]]:
+        """See ``second_pass.choose_second_pass``."""
+
+        def measure(spellings: Sequence[str]) -> dict[str, list[Outcome]]:
+            self.do("second pass", outcome_units(cases, spellings, self.journal))
+            found: dict[str, list[Outcome]] = {}
+            for outcome in read_outcomes(cases, spellings, self.journal):
+                found.setdefault(outcome.policy, []).append(outcome)
+            return found
+
+        return choose_second_pass(measure, base, canary, layers, bound)
+
     def repair(self, cases: Sequence[Case], layers: Sequence[int], budget: float) -> dict[str, Any]:
-        """The best policy that also chooses tokens by attention in one of ``layers``, or shifts, and computes at most
-        ``budget`` percent (and one token, as no picture can have less), beside first-k and CacheBlend-style."""
-        percents = [p for p in _PERCENTS if p <= budget]
-        tried = [f"shift:{k}" for k in (1, 2, 3)]
-        tried += [f"attend:{p:g}@{layer}{more}" for p in percents for layer in layers for more in ("", "+shift:1")]
-        compared = [f"uniform:{budget:g}", f"blend:{budget:g}"]
-        rows = self.rows(f"repair at {budget:g} %", cases, ["none", *tried, *compared])
-        room = rows[compared[0]]["computed_share"]
-        affordable = {name: rows[name]["kl"] for name in tried if rows[name]["computed_share"] <= room + 1e-9}
-        best = min(affordable, key=lambda name: affordable[name]) if affordable else "none"
-        shown = ("kl", "exact_match", "computed_share")
-        return {"policy": best, **{name: {k: rows[name][k] for k in shown} for name in (best, "none", *compared)}}
+        """See ``second_pass.best_repair``."""
+        stage = f"repair at {budget:g} %"
+        return best_repair(lambda names: self.rows(stage, cases, names), layers, budget, _PERCENTS)
 
 
 def calibrate(run: Calibration, cases: Sequence[Case], goal: Goal, *, model: str, num_layers: int, data: str) -> Any:
-    """The contents of a plan file for ``model`` (its fingerprint): layer counts and canary, which the engine serves,
-    and in ``provenance`` the sensitivities and the best repair, which only the evaluation has so far. Raises
-    ConfigError if the cases hold no harmful or no harmless context, since no limit follows from them, or no budget
-    meets the bound."""
+    """The contents of a plan file for ``model`` (its fingerprint): layer counts, and the canary with its second pass;
+    in ``provenance`` what they rest on, the sensitivities, and the best repair. Raises ConfigError if the cases hold no
+    harmful or no harmless context, since no limit follows from them, or no budget meets the bound."""
     run.do("canary", sighting_units(cases, [goal.probes], run.journal))
     values, harmful = statistics(read_sightings(cases, goal.probes, run.journal))
     try:
@@ -135,6 +143,11 @@ def calibrate(run: Calibration, cases: Sequence[Case], goal: Goal, *, model: str
     budget, (chosen, kl) = _affordable(run, quiet, num_layers, goal)
     plan = Plan.parse(chosen)
     helps = np.argsort(sensitivity["kl_by_fresh_layer"], kind="stable")[:2].tolist()
+    second: dict[str, Any] = {}
+    if goal.release is not None:
+        layers = sorted({*helps, num_layers * 4 // 5})
+        again, second = run.second_pass(cases, chosen, canary, layers, goal.release)
+        canary = replace(canary, again=again)
     return {
         "format": FORMAT,
         "model": model,
@@ -147,6 +160,7 @@ def calibrate(run: Calibration, cases: Sequence[Case], goal: Goal, *, model: str
             "harmful": int(harmful.sum()),
             "goal": asdict(goal),
             "detector": asdict(limit),
+            **({"second_pass": second} if second else {}),
             "budget_percent": budget,
             "kl_where_quiet": {name: float(f"{value:.4g}") for name, value in kl.items()},
             "sensitivity": sensitivity,
@@ -177,3 +191,25 @@ def _affordable(
 
 def write_plan(path: Path, contents: dict[str, Any]) -> None:
     path.write_text(json.dumps(contents, indent=1) + "\n")
+
+
+def summary(contents: Mapping[str, Any]) -> list[str]:
+    """A plan file's contents in words."""
+    found = contents["provenance"]
+    alarms = found["detector"]
+    lines = [
+        f"{found['cases']} cases, {found['harmful']} of them harmed by reuse",
+        f"canary {contents['canary']}: catches {alarms['caught']:.1%} of the harm, "
+        f"alarms in {alarms['false_alarms']:.1%} of the rest",
+    ]
+    second = found.get("second_pass")
+    if second and "again" in contents["canary"]:
+        lines.append(
+            f"second pass: releases {second['released']} of {second['alarms']} alarms, {second['released_harmful']} of "
+            f"them harmful (in truth at most {second['at_most']:.1%} of the harm); vision token-layers computed: "
+            f"{second['computed_share']:.1%} of these cases' instead of {second['computed_share_without']:.1%}, "
+            f"{second['computed_share_alarmed']:.1%} behind an alarm"
+        )
+    elif second:
+        lines.append("second pass: none, it would save nothing")
+    return lines

@@ -25,9 +25,12 @@ class BenchSpec:
     device: str = "auto"
     dtype: str = "auto"
     max_answer: int = 12
+    trials: int = 1
 
     def build(self) -> Workbench:
-        return Workbench(self.model, device=self.device, dtype=self.dtype, max_answer=self.max_answer)
+        return Workbench(
+            self.model, device=self.device, dtype=self.dtype, max_answer=self.max_answer, trials=self.trials
+        )
 
 
 @dataclass(frozen=True, slots=True)
