@@ -201,15 +201,42 @@ def test_tuning_and_reporting_share_no_picture_at_any_seed_they_use() -> None:
         return shown | {p for case in cases for d in case.donors if d is not None for p in d.dialogue.pictures}
 
     tuned = set().union(*(pictures("tune", seed) for seed in (0, 1, 10, 11, 12)))
-    for suite, seed in (("held-out", 1000), ("held-out", 1001), ("held-out", 1002), ("sizes", 1000)):
+    for suite, seed in (("held-out", 1000), ("multi-hop", 1000), ("rules", 1000)):
         assert not tuned & pictures(suite, seed)
 
 
 def test_sizes_come_in_steps_of_a_cell() -> None:
-    sizes = {(p.rows, p.columns) for case in generate("sizes", 12) for p in case.dialogue.pictures}
+    sizes = {(p.rows, p.columns) for case in generate("held-out", 2) for p in case.dialogue.pictures}
     assert any(rows % 4 for rows, _ in sizes) and len(sizes) > 12
-    picture = next(p for case in generate("sizes", 1) for p in case.dialogue.pictures)
+    picture = next(p for case in generate("tune", 1) for p in case.dialogue.pictures)
     assert picture.picture().image.size == (picture.columns * 28, picture.rows * 28)
+
+
+def test_rules_change_the_answer() -> None:
+    groups = by_format(generate("rules", 6))
+    for case in groups["rows from the bottom, recorded without"]:
+        (picture,) = case.dialogue.pictures
+        said = str(case.dialogue.turns[-1][1][-1])
+        row, column = (int(part.strip("?,")) for part in said.split() if part.strip("?,").isdigit())
+        there = [
+            s for s in picture.scene().sprites if (picture.rows // 2 - s.row // 2, s.column // 2 + 1) == (row, column)
+        ]
+        assert case.answers == (f"{there[0].color_name} {there[0].name}" if there else "nothing",)
+    for case in groups["numbers backwards, recorded without"]:
+        label = str(case.dialogue.turns[-1][1][-1]).removeprefix("What is the value of ").removesuffix("?")
+        (value,) = [f.answer for f in case.dialogue.pictures[0].scene().facts if f" {label}?" in f.question]
+        assert case.answers == (value[::-1],)
+    for case in groups["recorded with rows from the bottom"]:
+        assert "bottom" not in str(case.dialogue) and "bottom" in str(case.donors)
+
+
+def test_only_what_is_answered_is_asked() -> None:
+    for suite in ("tune", "held-out"):
+        for case in generate(suite, 4):
+            said = str(case.dialogue.turns[-1][1])
+            assert not any(word in said for word in ("How many", "What color is", "Read row", "Which label"))
+    names = by_format(generate("abilities", 1))
+    assert {"label, before", "count shape, after", "cell, before"} <= names.keys() and len(names) == 18
 
 
 def test_questions_over_two_pictures_have_one_answer() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.evaluate import report
-from vlcache_dist.evaluate.cases import Case, Dialogue, Donor, Shown, batches
+from vlcache_dist.evaluate.cases import Case, Dialogue, Donor, Shown
 from vlcache_dist.evaluate.journal import Journal
 from vlcache_dist.evaluate.report import Outcome
 from vlcache_dist.evaluate.run import outcome_units, read_outcomes
 from vlcache_dist.evaluate.second_pass import best_repair, choose_second_pass
 from vlcache_dist.evaluate.study import read_sightings, sighting_units, statistics
+from vlcache_dist.evaluate.workbench import Workbench
 from vlcache_dist.evaluate.workers import BenchSpec, Unit, run_units
 from vlcache_dist.reuse.calibrate import LimitChoice, budget_plans, choose_limit, least_error, limit_at
 from vlcache_dist.reuse.canary import Again, Canary
@@ -28,7 +30,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BANDS = 8  #: parts of a picture whose sensitivity is measured
 BUDGETS = (0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0, 50.0)  #: percent; tried in turn under a bound of KL
 _PROMPTS = ("Describe the picture.", "What is written in the picture?", "What is in the middle of the picture?")
-_PERCENTS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0)
+_PERCENTS = (1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 45.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +75,19 @@ def contexts(folder: Path, prompts: Sequence[str] = _PROMPTS) -> list[Case]:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Measures ``cases`` through a journal: what it holds is not measured again. ``say``: stage, done, total."""
+    """Measures ``cases`` through a journal: what it holds is not measured again. ``say``: stage, done, total.
+    ``bench``: does what one worker does."""
 
     spec: BenchSpec
     journal: Journal
     workers: int
     say: Callable[[str, int, int], None]
+    bench: Workbench | None = None
 
     def do(self, stage: str, units: Sequence[Unit]) -> None:
         """Raises WorkerLost."""
-        run_units(self.spec, units, self.journal, self.workers, lambda done, total: self.say(stage, done, total))
+        say = self.say
+        run_units(self.spec, units, self.journal, self.workers, lambda done, total: say(stage, done, total), self.bench)
 
     def rows(self, stage: str, cases: Sequence[Case], policies: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Means over all cases, by policy."""
@@ -100,25 +105,32 @@ class Calibration:
             "kl_by_fresh_band": [rows[name]["kl"] for name in bands],
         }
 
-    def counts(self, cases: Sequence[Case], num_layers: int, budget: float) -> tuple[str, dict[str, float]]:
-        """The plan with the least KL at the budget, and the KL of each that was tried."""
+    def counts(
+        self, cases: Sequence[Case], quiet: np.ndarray, num_layers: int, budget: float
+    ) -> tuple[str, dict[str, float]]:
+        """The plan with the least KL at the budget in the cases ``quiet`` bool [case, batch by batch], and the KL of
+        each that was tried."""
         plans = budget_plans(num_layers, budget)
-        kl = {name: row["kl"] for name, row in self.rows(f"layer counts at {budget:g} %", cases, plans).items()}
+        found = self.outcomes(f"layer counts at {budget:g} %", cases, plans)
+        kl = {
+            name: round(float(np.mean([o.kl for o, calm in zip(outcomes, quiet, strict=True) if calm])), 6)
+            for name, outcomes in found.items()
+        }
         return least_error(kl), kl
+
+    def outcomes(self, stage: str, cases: Sequence[Case], spellings: Sequence[str]) -> dict[str, list[Outcome]]:
+        """By policy, cases batch by batch."""
+        self.do(stage, outcome_units(cases, spellings, self.journal))
+        found: dict[str, list[Outcome]] = {}
+        for outcome in read_outcomes(cases, spellings, self.journal):
+            found.setdefault(outcome.policy, []).append(outcome)
+        return found
 
     def second_pass(
         self, cases: Sequence[Case], base: str, canary: Canary, layers: Sequence[int], bound: float
     ) -> tuple[Again | None, dict[str, Any]]:
         """See ``second_pass.choose_second_pass``."""
-
-        def measure(spellings: Sequence[str]) -> dict[str, list[Outcome]]:
-            self.do("second pass", outcome_units(cases, spellings, self.journal))
-            found: dict[str, list[Outcome]] = {}
-            for outcome in read_outcomes(cases, spellings, self.journal):
-                found.setdefault(outcome.policy, []).append(outcome)
-            return found
-
-        return choose_second_pass(measure, base, canary, layers, bound)
+        return choose_second_pass(partial(self.outcomes, "second pass", cases), base, canary, layers, bound)
 
     def repair(self, cases: Sequence[Case], layers: Sequence[int], budget: float) -> dict[str, Any]:
         """See ``second_pass.best_repair``."""
@@ -137,10 +149,9 @@ def calibrate(run: Calibration, cases: Sequence[Case], goal: Goal, *, model: str
     except ValueError as error:
         raise ConfigError(f"{data}: {error}") from error
     canary = Canary(*goal.probes, ((limit.layer, limit.limit),))
-    in_order = [case for _, _, batch in batches(cases) for case in batch]
-    quiet = [case for case, value in zip(in_order, values[limit.layer], strict=True) if value <= limit.limit]
+    quiet = values[limit.layer] <= limit.limit
     sensitivity = run.sensitivity(cases, num_layers)
-    budget, (chosen, kl) = _affordable(run, quiet, num_layers, goal)
+    budget, (chosen, kl) = _affordable(run, cases, quiet, num_layers, goal)
     plan = Plan.parse(chosen)
     helps = np.argsort(sensitivity["kl_by_fresh_layer"], kind="stable")[:2].tolist()
     second: dict[str, Any] = {}
@@ -176,12 +187,12 @@ def _limit(values: np.ndarray, harmful: np.ndarray, goal: Goal) -> LimitChoice:
 
 
 def _affordable(
-    run: Calibration, quiet: Sequence[Case], num_layers: int, goal: Goal
+    run: Calibration, cases: Sequence[Case], quiet: np.ndarray, num_layers: int, goal: Goal
 ) -> tuple[float, tuple[str, dict[str, float]]]:
     if goal.kl_bound is None:
-        return goal.budget, run.counts(quiet, num_layers, goal.budget)
+        return goal.budget, run.counts(cases, quiet, num_layers, goal.budget)
     for budget in BUDGETS:
-        chosen, kl = run.counts(quiet, num_layers, budget)
+        chosen, kl = run.counts(cases, quiet, num_layers, budget)
         if kl[chosen] <= goal.kl_bound:
             return (0.0 if chosen == "none" else budget), (chosen, kl)
     raise ConfigError(

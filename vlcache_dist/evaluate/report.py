@@ -16,9 +16,9 @@ HARMFUL_KL = 0.1  #: nats
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One case under one policy. ``right``, ``full_right``: the answer's score and a full run's (``scoring.score``),
-    shares of 1. ``kl``: of the first token, nats. ``edit``: Levenshtein distance between the policy's
-    and the full answer, in tokens. ``computed_share``: token-layers of vision tokens computed, of those of all
-    pictures, new ones left out; what an escalation threw away is counted too, so it can exceed 1. ``flops``: of the
+    shares of 1. ``kl``: of the first token, nats. ``edit``: Levenshtein distance between the policy's and the full
+    answer, in tokens. ``computed_share``: token-layers of vision tokens computed, of those of the ``reused_tokens``
+    (new pictures are left out); what an escalation threw away is counted too, so it can exceed 1. ``flops``: of the
     prompt's passes from the first picture on. ``alarmed``: a canary was above its limit; ``rechecked``: the answer is
     that of a second pass, which moved the first token by ``moved`` nats; ``escalated``: everything was computed."""
 
@@ -36,6 +36,7 @@ class Outcome:
     alarmed: bool = False
     rechecked: bool = False
     moved: float | None = None
+    reused_tokens: int = 1
 
     @property
     def harmful(self) -> bool:
@@ -44,7 +45,8 @@ class Outcome:
 
 
 def rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """Means per format and policy, in order of appearance, and per policy over all cases (format ``all``)."""
+    """Means per format and policy, in order of appearance, and per policy over all cases (format ``all``). The computed
+    share is of all vision tokens together: a large picture counts more than a small one."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     everything: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
@@ -56,6 +58,8 @@ def rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
 def _row(format_: str, policy: str, group: Sequence[Outcome]) -> dict[str, Any]:
     table = {name: np.array([asdict(o)[name] for o in group], float) for name in _MEANS}
     means = {title: round(float(table[name].mean()), 6) for name, title in _MEANS.items()}
+    tokens = np.array([o.reused_tokens for o in group])
+    means["computed_share"] = round(float(np.average(table["computed_share"], weights=np.maximum(tokens, 1))), 6)
     return {"format": format_, "policy": policy, "cases": len(group), **means}
 
 

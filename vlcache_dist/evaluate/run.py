@@ -39,7 +39,7 @@ def outcome_units(cases: Sequence[Case], policies: Sequence[str], journal: Journ
     for name, start, batch in batches(cases):
         keys = {spelling: _key(name, start, batch, spelling) for spelling in policies}
         missing = {spelling: key for spelling, key in keys.items() if key not in journal} or keys
-        units.append(Unit(tuple(missing.values()), partial(_measure, batch, start, missing)))
+        units.append(Unit(tuple(missing.values()), partial(_measure, batch, start, missing), (name, start)))
     return units
 
 
@@ -147,6 +147,7 @@ def _outcomes(trial: Trial, policy: Policy, seed: int) -> Iterator[Outcome]:
             first_token_agrees=int(full[b].argmax()) == int(other[b].argmax()),
             same_answer=text == full_text,
             edit=edit_distance(*ended),
+            reused_tokens=_reused(trial, b),
             computed_share=float(done.computed[b]) / max(layers * _reused(trial, b), 1),
             escalated=settled is not None and bool(settled.escalated[b]),
             flops=pass_flops(bench.config.text, int(done.others[b] + done.computed[b]), len(trial.tokens[b].ids)),

@@ -51,7 +51,7 @@ def sighting_units(cases: Sequence[Case], probe_sets: Sequence[tuple[int, int]],
     for name, start, batch in batches(cases):
         keys = {probes: _key(name, start, batch, probes) for probes in probe_sets}
         missing = {probes: key for probes, key in keys.items() if key not in journal} or keys
-        units.append(Unit(tuple(missing.values()), partial(_measure, batch, missing)))
+        units.append(Unit(tuple(missing.values()), partial(_measure, batch, missing), (name, start)))
     return units
 
 
