@@ -254,8 +254,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="'tiny' (bundled), a checkpoint folder, or a hub name")] = "tiny",
     suite: Annotated[str, typer.Option(help="tune, held-out, or a folder with JSON Lines and pictures")] = "held-out",
     policies: Annotated[
-        str | None, typer.Option(help="separated by commas; see vlcache_dist.evaluate.policies")
+        str | None, typer.Option(help="separated by commas; see vlcache_dist.evaluate.policies and .names")
     ] = None,
+    plan: Annotated[Path | None, typer.Option(help="plan file of `calibrate`: what the policy 'calibrated' is")] = None,
     cases: Annotated[int, typer.Option(min=1, help="cases per format, or lines per file")] = 32,
     seed: Annotated[int, typer.Option(help="of generated suites")] = 0,
     max_answer: Annotated[int, typer.Option(min=1, help="tokens of an answer")] = 12,
@@ -265,6 +266,9 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     workers: Annotated[int, typer.Option(min=1, help="processes, each with a model of its own")] = 1,
+    ttft: Annotated[
+        int, typer.Option(min=0, help="also time the engine's first token: cases per format, policies that it serves")
+    ] = 0,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="write all figures here; finished cases go beside it (.jsonl): run again to go on"),
@@ -273,7 +277,7 @@ def evaluate(
     plots: Annotated[Path | None, typer.Option(help="write SVG plots to this folder")] = None,
 ) -> None:
     """Ask questions under other contexts' KV and show what every policy costs and gets wrong."""
-    from vlcache_dist.evaluate import cli, figures
+    from vlcache_dist.evaluate import cli, figures, names
     from vlcache_dist.evaluate.journal import Journal
     from vlcache_dist.evaluate.workers import BenchSpec
 
@@ -285,7 +289,14 @@ def evaluate(
             spec = BenchSpec(model, device, dtype, max_answer)
             asked = {"cases_per_format": cases, "seed": seed, "donors": donors, "dtype": dtype}
             chosen = cli.load_suite(suite, cases, seed, donors)
-            asked |= {"model": cli.checkpoint(spec).fingerprint, "suite": suite}
+            checkpoint = cli.checkpoint(spec)
+            asked |= {"model": checkpoint.fingerprint, "suite": suite}
+            plans = names.spell_out(
+                cli.split_policies(policies or cli.DEFAULT_POLICIES),
+                model=checkpoint.fingerprint,
+                num_layers=checkpoint.config.text.num_layers,
+                plan=plan,
+            )
             made_by = asked | {"max_answer": max_answer, "cases": cli.digest(chosen)}
             journal = Journal(json_file.with_suffix(".jsonl") if json_file is not None else None, made_by)
             with Progress(console=console) as bar:
@@ -293,12 +304,14 @@ def evaluate(
                 rows = cli.run_eval(
                     spec,
                     chosen,
-                    cli.split_policies(policies or cli.DEFAULT_POLICIES),
+                    plans,
                     journal,
                     workers,
                     lambda done, total: bar.update(task, completed=done, total=total),
                 )
-            found = {**asked, "rows": rows}
+            found = {**asked, "plans": plans, "rows": rows}
+            if ttft:
+                found["ttft"] = cli.run_ttft(spec, chosen, ttft, plans)
             if json_file is not None:
                 figures.write_json(json_file, found)
         if plots is not None:
@@ -309,7 +322,13 @@ def evaluate(
         shares = (f"{100 * row[name]:.1f}" for name in ("computed_share", "escalated_share"))
         right = (f"{row[name]:.3f}" for name in ("exact_match", "full_exact_match", "kl"))
         table.add_row(row["format"], row["policy"], str(row["cases"]), *right, *shares)
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    out = Console(width=None if sys.stdout.isatty() else 150)
+    out.print(table)
+    if found.get("ttft"):
+        times = Table("plan", "ms to first token", "of full")
+        for row in found["ttft"]:
+            times.add_row(row["plan"], f"{row['ttft_ms']:.1f}", f"{row['ratio_to_off']:.2f}")
+        out.print(times)
 
 
 @app.command()
@@ -328,9 +347,13 @@ def calibrate(
     false_alarms: Annotated[
         float | None, typer.Option(min=0, max=1, help="instead of --catch: share of harmless cases that may alarm")
     ] = None,
+    release: Annotated[
+        float, typer.Option(min=0, max=1, help="share of harmful cases that a second pass behind an alarm may release")
+    ] = 0.01,
+    second_pass: Annotated[bool, typer.Option(help="look for a second pass behind an alarm")] = True,
     repair: Annotated[
         float,
-        typer.Option(min=0, max=100, help="percent that a repair of harmful contexts may compute; 0: look for none"),
+        typer.Option(min=0, max=100, help="percent that a plan which always makes two passes may compute; 0: none"),
     ] = 5.0,
     cases: Annotated[int, typer.Option(min=1, help="cases per format of the bundled suite")] = 32,
     workers: Annotated[int, typer.Option(min=1, help="processes, each with a model of its own")] = 1,
@@ -368,13 +391,17 @@ def calibrate(
         contents = calibration.calibrate(
             calibration.Calibration(spec, journal, workers, say),
             chosen,
-            calibration.Goal(budget, kl_bound, (leading, strided), catch, false_alarms, repair),
+            calibration.Goal(
+                budget, kl_bound, (leading, strided), catch, false_alarms, release if second_pass else None, repair
+            ),
             model=found.fingerprint,
             num_layers=found.config.text.num_layers,
             data=data,
         )
         calibration.write_plan(out, contents)
-    console.print(f"{out}: canary {contents['canary']}, {contents['provenance']}")
+    for line in calibration.summary(contents):
+        console.print(line)
+    console.print(f"{out}: serve it with --plan file:{out}")
 
 
 @app.command()
