@@ -3,42 +3,41 @@
     python benchmarks/second_pass.py --suite held-out --cases 16 --json benchmarks/results/second-pass-tiny.json
 
 Every case: empty caches, the donors' prompts, the question under the plan, and once with nothing reused. KL is a lower
-bound over 20 alternatives (``reuse.drift``).
+bound over 20 alternatives (``reuse.drift``). ``same_verdict`` and ``same_answer`` count the cases in which the
+evaluation's dense engine (``evaluate.run``) comes to the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import platform
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vlcache_dist import LLM, SamplingParams
 from vlcache_dist.config import EngineSettings
-from vlcache_dist.evaluate.cases import Dialogue, by_format
+from vlcache_dist.evaluate.cases import Case, by_format
 from vlcache_dist.evaluate.generated import generate
+from vlcache_dist.evaluate.policies import parse_policy
+from vlcache_dist.evaluate.report import HARMFUL_KL
+from vlcache_dist.evaluate.run import under
 from vlcache_dist.evaluate.scoring import is_right
+from vlcache_dist.evaluate.trial import Trial
+from vlcache_dist.evaluate.ttft import openai_messages
+from vlcache_dist.evaluate.workbench import Workbench
 from vlcache_dist.reuse.drift import first_token_drift
+from vlcache_dist.reuse.guarded import spelled_out
 
-HARMFUL_KL = 0.1
 
-
-def messages(dialogue: Dialogue) -> list[dict[str, Any]]:
-    def part(value: Any) -> dict[str, Any]:
-        if isinstance(value, str):
-            return {"type": "text", "text": value}
-        data = base64.b64encode(value.data()).decode()
-        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
-
-    return [
-        {"role": role, "content": parts[0] if role == "system" else [part(p) for p in parts]}
-        for role, parts in dialogue.turns
-    ]
+def dense(bench: Workbench, case: Case, plan: str) -> tuple[str, bool, bool]:
+    """The dense engine's answer, and whether it was rechecked, and whether everything was computed."""
+    done = under(Trial(bench, [case]), parse_policy(plan))
+    verdict = done.settled
+    said = bench.text(done.answers.token_ids[0])
+    return said, verdict is not None and bool(verdict.rechecked[0]), verdict is not None and bool(verdict.escalated[0])
 
 
 def main() -> None:
@@ -51,6 +50,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     llm = LLM("tiny", "cpu", "float32", engine=EngineSettings(store_bytes=64 << 20, kv_bytes=32 << 20))
+    bench = Workbench("tiny", device="cpu", dtype="float32")
+    plan = spelled_out(options.plan, llm.layout.num_layers)
     sampling, short = SamplingParams(max_tokens=12, logprobs=20), SamplingParams(max_tokens=1)
     rows = []
     for name, cases in by_format(generate(options.suite, options.cases, options.seed)).items():
@@ -60,10 +61,10 @@ def main() -> None:
             llm.store.clear()
             llm.engine.pool.drop_contents()
             for donor in dict.fromkeys(d for d in case.donors if d is not None):
-                llm.chat(messages(donor.dialogue), short, plan="full")
+                llm.chat(openai_messages(donor.dialogue), short, plan="full")
             llm.engine.pool.drop_contents()
-            prompt = messages(case.dialogue)
-            answer = llm.chat(prompt, sampling, plan=options.plan)
+            prompt = openai_messages(case.dialogue)
+            answer = llm.chat(prompt, sampling, plan=plan)
             full = llm.chat(prompt, sampling, reuse="off")
             assert answer.logprobs is not None and full.logprobs is not None
             kl, agrees = first_token_drift(full.logprobs[0], answer.logprobs[0])
@@ -77,6 +78,11 @@ def main() -> None:
             counts["alarmed"] += any(r.deviation > 1 for r in watched if r.deviation is not None)
             counts["rechecked"] += any(r.why == "rechecked" for r in watched)
             counts["escalated"] += any(r.escalated for r in watched)
+            said, rechecked, escalated = dense(bench, case, plan)
+            counts["same_answer"] += said == answer.text.strip()
+            counts["same_verdict"] += rechecked == any(r.why == "rechecked" for r in watched) and (
+                escalated == any(r.escalated for r in watched)
+            )
             computed += sum(r.recomputed_layer_tokens for r in watched) / max(
                 sum(r.vision_tokens for r in watched) * llm.layout.num_layers, 1
             )
@@ -86,7 +92,7 @@ def main() -> None:
         print(rows[-1], flush=True)
         options.json.write_text(
             json.dumps(
-                {"suite": options.suite, "seed": options.seed, "plan": options.plan, "rows": rows}
+                {"suite": options.suite, "seed": options.seed, "plan": plan, "rows": rows}
                 | {"machine": f"{platform.machine()} CPU, fp32, torch {torch.__version__}"},
                 indent=1,
             )

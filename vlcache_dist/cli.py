@@ -57,6 +57,9 @@ def serve(
     plan: Annotated[
         str, typer.Option(help="default recompute plan: guarded, none, uniform:5, pyramid:..., file:plan.json")
     ] = "guarded",
+    donors: Annotated[
+        str, typer.Option(help="whose image KV is shared: first (request), canonical or background")
+    ] = "first",
     api_keys: Annotated[
         Path | None, typer.Option(help="file with what `vlcache-dist api-key` prints; without one: loopback only")
     ] = None,
@@ -67,7 +70,7 @@ def serve(
     settings = _settings(
         config,
         model={"model": model, "device": device, "dtype": dtype},
-        engine={"reuse": reuse, "plan": plan, "tensor_parallel": tensor_parallel},
+        engine={"reuse": reuse, "plan": plan, "donors": donors, "tensor_parallel": tensor_parallel},
         serve={
             "host": host,
             "port": port,
@@ -251,8 +254,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="'tiny' (bundled), a checkpoint folder, or a hub name")] = "tiny",
     suite: Annotated[str, typer.Option(help="tune, held-out, or a folder with JSON Lines and pictures")] = "held-out",
     policies: Annotated[
-        str | None, typer.Option(help="separated by commas; see vlcache_dist.evaluate.policies")
+        str | None, typer.Option(help="separated by commas; see vlcache_dist.evaluate.policies and .names")
     ] = None,
+    plan: Annotated[Path | None, typer.Option(help="plan file of `calibrate`: what the policy 'calibrated' is")] = None,
     cases: Annotated[int, typer.Option(min=1, help="cases per format, or lines per file")] = 32,
     seed: Annotated[int, typer.Option(help="of generated suites")] = 0,
     max_answer: Annotated[int, typer.Option(min=1, help="tokens of an answer")] = 12,
@@ -262,6 +266,9 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     workers: Annotated[int, typer.Option(min=1, help="processes, each with a model of its own")] = 1,
+    ttft: Annotated[
+        int, typer.Option(min=0, help="also time the engine's first token: cases per format, policies that it serves")
+    ] = 0,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="write all figures here; finished cases go beside it (.jsonl): run again to go on"),
@@ -270,7 +277,7 @@ def evaluate(
     plots: Annotated[Path | None, typer.Option(help="write SVG plots to this folder")] = None,
 ) -> None:
     """Ask questions under other contexts' KV and show what every policy costs and gets wrong."""
-    from vlcache_dist.evaluate import cli, figures
+    from vlcache_dist.evaluate import cli, figures, names
     from vlcache_dist.evaluate.journal import Journal
     from vlcache_dist.evaluate.workers import BenchSpec
 
@@ -282,7 +289,14 @@ def evaluate(
             spec = BenchSpec(model, device, dtype, max_answer)
             asked = {"cases_per_format": cases, "seed": seed, "donors": donors, "dtype": dtype}
             chosen = cli.load_suite(suite, cases, seed, donors)
-            asked |= {"model": cli.checkpoint(spec).fingerprint, "suite": suite}
+            checkpoint = cli.checkpoint(spec)
+            asked |= {"model": checkpoint.fingerprint, "suite": suite}
+            plans = names.spell_out(
+                cli.split_policies(policies or cli.DEFAULT_POLICIES),
+                model=checkpoint.fingerprint,
+                num_layers=checkpoint.config.text.num_layers,
+                plan=plan,
+            )
             made_by = asked | {"max_answer": max_answer, "cases": cli.digest(chosen)}
             journal = Journal(json_file.with_suffix(".jsonl") if json_file is not None else None, made_by)
             with Progress(console=console) as bar:
@@ -290,12 +304,14 @@ def evaluate(
                 rows = cli.run_eval(
                     spec,
                     chosen,
-                    cli.split_policies(policies or cli.DEFAULT_POLICIES),
+                    plans,
                     journal,
                     workers,
                     lambda done, total: bar.update(task, completed=done, total=total),
                 )
-            found = {**asked, "rows": rows}
+            found = {**asked, "plans": plans, "rows": rows}
+            if ttft:
+                found["ttft"] = cli.run_ttft(spec, chosen, ttft, plans)
             if json_file is not None:
                 figures.write_json(json_file, found)
         if plots is not None:
@@ -306,7 +322,13 @@ def evaluate(
         shares = (f"{100 * row[name]:.1f}" for name in ("computed_share", "escalated_share"))
         right = (f"{row[name]:.3f}" for name in ("exact_match", "full_exact_match", "kl"))
         table.add_row(row["format"], row["policy"], str(row["cases"]), *right, *shares)
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    out = Console(width=None if sys.stdout.isatty() else 150)
+    out.print(table)
+    if found.get("ttft"):
+        times = Table("plan", "ms to first token", "of full")
+        for row in found["ttft"]:
+            times.add_row(row["plan"], f"{row['ttft_ms']:.1f}", f"{row['ratio_to_off']:.2f}")
+        out.print(times)
 
 
 @app.command()
@@ -325,9 +347,13 @@ def calibrate(
     false_alarms: Annotated[
         float | None, typer.Option(min=0, max=1, help="instead of --catch: share of harmless cases that may alarm")
     ] = None,
+    release: Annotated[
+        float, typer.Option(min=0, max=1, help="share of harmful cases that a second pass behind an alarm may release")
+    ] = 0.01,
+    second_pass: Annotated[bool, typer.Option(help="look for a second pass behind an alarm")] = True,
     repair: Annotated[
         float,
-        typer.Option(min=0, max=100, help="percent that a repair of harmful contexts may compute; 0: look for none"),
+        typer.Option(min=0, max=100, help="percent that a plan which always makes two passes may compute; 0: none"),
     ] = 5.0,
     cases: Annotated[int, typer.Option(min=1, help="cases per format of the bundled suite")] = 32,
     workers: Annotated[int, typer.Option(min=1, help="processes, each with a model of its own")] = 1,
@@ -365,13 +391,17 @@ def calibrate(
         contents = calibration.calibrate(
             calibration.Calibration(spec, journal, workers, say),
             chosen,
-            calibration.Goal(budget, kl_bound, (leading, strided), catch, false_alarms, repair),
+            calibration.Goal(
+                budget, kl_bound, (leading, strided), catch, false_alarms, release if second_pass else None, repair
+            ),
             model=found.fingerprint,
             num_layers=found.config.text.num_layers,
             data=data,
         )
         calibration.write_plan(out, contents)
-    console.print(f"{out}: canary {contents['canary']}, {contents['provenance']}")
+    for line in calibration.summary(contents):
+        console.print(line)
+    console.print(f"{out}: serve it with --plan file:{out}")
 
 
 @app.command()
@@ -400,8 +430,8 @@ def status(
     for worker in report["workers"]:
         table.add_row(*_status_row(worker))
     Console().print(table)
-    if drift := [row for worker in report["workers"] for row in _drift_rows(worker)]:
-        table = Table("worker", "prompts", "reuse is", "compared", "first token agrees", "KL", "missed alarms")
+    if drift := _drift_rows(report["workers"]):
+        table = Table("prompts, all workers", "reuse is", "compared", "first token agrees", "KL", "missed alarms")
         for row in drift:
             table.add_row(*row)
         Console().print(table)
@@ -424,13 +454,21 @@ def _status_row(worker: dict[str, Any]) -> list[str]:
     ]
 
 
-def _drift_rows(worker: dict[str, Any]) -> list[list[str]]:
-    """What the guard of a prefill worker knows, per format of prompts."""
+def _drift_rows(workers: list[dict[str, Any]]) -> list[list[str]]:
+    """What the guard knows per format of prompts: the common books, as the worker has them that has heard most; and how
+    many workers act on that level."""
+    books: dict[str, list[dict[str, Any]]] = {}
+    for worker in workers:
+        for name, about in worker.get("guard", {}).get("formats", {}).items():
+            books.setdefault(name, []).append(about)
     rows = []
-    for name, about in worker.get("guard", {}).get("formats", {}).items():
+    for name, copies in sorted(books.items()):
+        about = max(copies, key=lambda copy: copy["shadows"])
         agrees, kl = (f"{about['agreement']:.1%}", f"{about['kl']:.4f}") if about["shadows"] else ("-", "-")
+        at_level = sum(copy["level"] == about["level"] for copy in copies)
+        level = about["level"] if at_level == len(copies) else f"{about['level']} ({at_level} of {len(copies)})"
         compared = f"{about['shadows']} of {about['requests']}"
-        rows.append([worker["name"], name, about["level"], compared, agrees, kl, str(about["missed_alarms"])])
+        rows.append([name, level, compared, agrees, kl, str(about["missed_alarms"])])
     return rows
 
 

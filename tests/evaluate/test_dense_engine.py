@@ -100,7 +100,9 @@ def test_policies_do_what_they_say(bench: Workbench) -> None:
     assert mean(loud, "none+canary:0,3,5<0.5", "escalated") == 1.0
     assert mean(quiet, "none+canary:0,3,5<0.5", "escalated") == 0.0
     assert mean(quiet, "none", "computed_share") == 0.0 and mean(quiet, "full", "computed_share") == 1.0
-    assert mean(loud, "none+canary:0,3,5<0.5", "computed_share") == pytest.approx(1 + 3 / 64)
+    extra = mean(loud, "none+canary:0,3,5<0.5", "computed_share") - 1
+    tokens = mean(loud, "none", "reused_tokens")
+    assert 3 / tokens < extra < 12 / tokens, "three probes of either picture, and everything behind them"
     assert mean(loud, "full", "kl") < 1e-6 and mean(loud, "full", "edit") == 0
     assert mean(quiet, "none", "flops") < mean(quiet, "uniform:5", "flops") < mean(quiet, "full", "flops")
 
@@ -144,7 +146,7 @@ def test_attention_is_what_the_last_token_pays(bench: Workbench) -> None:
     everything = np.ones((trial.num_layers, *trial.known.shape), bool)
     paid = trial.attention(everything)
     assert paid.shape == (trial.num_layers, 1, trial.known.shape[1])
-    assert (paid >= 0).all() and (paid.sum(-1) < 1).all() and paid.sum(-1).max() > 0.05
+    assert (paid >= 0).all() and (paid.sum(-1) < 1 + 1e-5).all() and paid.sum(-1).max() > 0.05
     nothing = trial.attention(np.zeros_like(everything))
     np.testing.assert_allclose(paid[0], nothing[0], atol=1e-5, err_msg="layer 0 sees the same K in any context")
 
@@ -158,9 +160,10 @@ def test_few_tokens_chosen_by_attention_repair_a_changed_role(bench: Workbench) 
     kl = {name: float(np.mean([o.kl for o in found[name]])) for name in names}
     assert kl["attend:5@8+shift:1"] < 0.1 * kl["uniform:5"], kl
     assert np.mean([o.right for o in found["attend:5@8+shift:1"]]) > 0.5 + np.mean([o.right for o in found["none"]])
-    # 7 of 128 tokens in all layers, 2 shift probes in all layers, and those once more in layers 0 to 8
-    (share,) = {o.computed_share for o in found["attend:5@8+shift:1"]}
-    assert share == pytest.approx((10 * (7 + 2) + 9 * 2) / (10 * 128))
+    # 5 % in all layers, 2 shift probes in all layers, and those once more in layers 0 to 8
+    for outcome in found["attend:5@8+shift:1"]:
+        tokens = outcome.reused_tokens
+        assert outcome.computed_share == pytest.approx((10 * (-(-tokens // 20) + 2) + 9 * 2) / (10 * tokens))
     assert found["attend:5@8+shift:1"][0].flops > found["none"][0].flops
     with pytest.raises(InvalidPlan, match="10 layers"):
         list(evaluate(bench, cases[:1], [parse_policy("attend:5@10")]))

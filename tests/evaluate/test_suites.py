@@ -17,8 +17,7 @@ from vlcache_dist.evaluate.generated import SUITES, generate
 from vlcache_dist.evaluate.plots import chart
 from vlcache_dist.evaluate.policies import SpanView, parse_policy
 from vlcache_dist.evaluate.public import read_folder
-from vlcache_dist.evaluate.report import edit_distance
-from vlcache_dist.evaluate.scoring import is_right, kl_divergence
+from vlcache_dist.evaluate.scoring import edit_distance, is_right, kl_divergence, score
 
 N, LAYERS = 64, 10
 
@@ -86,8 +85,9 @@ def test_bad_policies(spelling: str) -> None:
 
 
 def test_a_comma_belongs_to_its_spelling() -> None:
-    text = "none,uniform:5,min=4,none+canary:0,3,5<0.5,counts:8*4,2*6,full"
-    assert split_policies(text) == ["none", "uniform:5,min=4", "none+canary:0,3,5<0.5", "counts:8*4,2*6", "full"]
+    text = "none,uniform:5,min=4,none+canary:0,3,5<0.5,again:5@8<0.02,counts:8*4,2*6,full"
+    watched = "none+canary:0,3,5<0.5,again:5@8<0.02"
+    assert split_policies(text) == ["none", "uniform:5,min=4", watched, "counts:8*4,2*6", "full"]
 
 
 def test_public_layouts(tmp_path: Path) -> None:
@@ -130,6 +130,37 @@ def test_public_mistakes_are_named(tmp_path: Path, line: str, why: str) -> None:
         read_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("more", "metric"),
+    [
+        ({"docId": 1}, "anls"),
+        ({"metric": "anls"}, "anls"),
+        ({"answers": ["a"] * 10}, "vqa"),
+        ({"answer": "a"}, "exact"),
+    ],
+)
+def test_a_layout_has_its_metric(tmp_path: Path, more: dict[str, object], metric: str) -> None:
+    (tmp_path / "1.png").write_bytes(draw("form", 1).png())
+    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "What?", "image": "1.png", "answer": "a", **more}))
+    assert {case.metric for case in read_folder(tmp_path)} == {metric}
+
+
+def test_an_unknown_metric_is_named(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(draw("form", 1).png())
+    line = {"question": "What?", "image": "1.png", "answer": "a", "metric": "bleu"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    with pytest.raises(ConfigError, match="'bleu': known are exact"):
+        read_folder(tmp_path)
+
+
+def test_scores_between_right_and_wrong() -> None:
+    assert score("Abcde.", ("abcdx", "q"), "anls") == pytest.approx(0.8) and score("abcde", ("vwxye",), "anls") == 0
+    people = ("red",) * 2 + ("blue",) * 8
+    assert score("Red", people, "vqa") == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert score("blue", people, "vqa") == 1 and score("green", people, "vqa") == 0
+    assert is_right("abcde", ("abcdx",), "anls") and not is_right("red", people[:1], "vqa")
+
+
 def test_scoring() -> None:
     assert is_right("  Red  Circle. ", ("red circle",)) and not is_right("red", ("red circle",))
     assert is_right("1,040", ("1000",), "relaxed") and not is_right("1,060", ("1000",), "relaxed")
@@ -170,15 +201,42 @@ def test_tuning_and_reporting_share_no_picture_at_any_seed_they_use() -> None:
         return shown | {p for case in cases for d in case.donors if d is not None for p in d.dialogue.pictures}
 
     tuned = set().union(*(pictures("tune", seed) for seed in (0, 1, 10, 11, 12)))
-    for suite, seed in (("held-out", 1000), ("held-out", 1001), ("held-out", 1002), ("sizes", 1000)):
+    for suite, seed in (("held-out", 1000), ("multi-hop", 1000), ("rules", 1000)):
         assert not tuned & pictures(suite, seed)
 
 
 def test_sizes_come_in_steps_of_a_cell() -> None:
-    sizes = {(p.rows, p.columns) for case in generate("sizes", 12) for p in case.dialogue.pictures}
+    sizes = {(p.rows, p.columns) for case in generate("held-out", 2) for p in case.dialogue.pictures}
     assert any(rows % 4 for rows, _ in sizes) and len(sizes) > 12
-    picture = next(p for case in generate("sizes", 1) for p in case.dialogue.pictures)
+    picture = next(p for case in generate("tune", 1) for p in case.dialogue.pictures)
     assert picture.picture().image.size == (picture.columns * 28, picture.rows * 28)
+
+
+def test_rules_change_the_answer() -> None:
+    groups = by_format(generate("rules", 6))
+    for case in groups["rows from the bottom, recorded without"]:
+        (picture,) = case.dialogue.pictures
+        said = str(case.dialogue.turns[-1][1][-1])
+        row, column = (int(part.strip("?,")) for part in said.split() if part.strip("?,").isdigit())
+        there = [
+            s for s in picture.scene().sprites if (picture.rows // 2 - s.row // 2, s.column // 2 + 1) == (row, column)
+        ]
+        assert case.answers == (f"{there[0].color_name} {there[0].name}" if there else "nothing",)
+    for case in groups["numbers backwards, recorded without"]:
+        label = str(case.dialogue.turns[-1][1][-1]).removeprefix("What is the value of ").removesuffix("?")
+        (value,) = [f.answer for f in case.dialogue.pictures[0].scene().facts if f" {label}?" in f.question]
+        assert case.answers == (value[::-1],)
+    for case in groups["recorded with rows from the bottom"]:
+        assert "bottom" not in str(case.dialogue) and "bottom" in str(case.donors)
+
+
+def test_only_what_is_answered_is_asked() -> None:
+    for suite in ("tune", "held-out"):
+        for case in generate(suite, 4):
+            said = str(case.dialogue.turns[-1][1])
+            assert not any(word in said for word in ("How many", "What color is", "Read row", "Which label"))
+    names = by_format(generate("abilities", 1))
+    assert {"label, before", "count shape, after", "cell, before"} <= names.keys() and len(names) == 18
 
 
 def test_questions_over_two_pictures_have_one_answer() -> None:

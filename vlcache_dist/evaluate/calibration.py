@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import numpy as np
 
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.evaluate import report
-from vlcache_dist.evaluate.cases import Case, Dialogue, Donor, Shown, batches
+from vlcache_dist.evaluate.cases import Case, Dialogue, Donor, Shown
 from vlcache_dist.evaluate.journal import Journal
+from vlcache_dist.evaluate.report import Outcome
 from vlcache_dist.evaluate.run import outcome_units, read_outcomes
+from vlcache_dist.evaluate.second_pass import best_repair, choose_second_pass
 from vlcache_dist.evaluate.study import read_sightings, sighting_units, statistics
+from vlcache_dist.evaluate.workbench import Workbench
 from vlcache_dist.evaluate.workers import BenchSpec, Unit, run_units
 from vlcache_dist.reuse.calibrate import LimitChoice, budget_plans, choose_limit, least_error, limit_at
-from vlcache_dist.reuse.canary import Canary
+from vlcache_dist.reuse.canary import Again, Canary
 from vlcache_dist.reuse.plan import LayerPercents, Plan
 from vlcache_dist.reuse.plan_file import FORMAT
 
@@ -26,21 +30,23 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BANDS = 8  #: parts of a picture whose sensitivity is measured
 BUDGETS = (0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0, 50.0)  #: percent; tried in turn under a bound of KL
 _PROMPTS = ("Describe the picture.", "What is written in the picture?", "What is in the middle of the picture?")
-_PERCENTS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0)
+_PERCENTS = (1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 45.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
     """``budget``: percent of token-layers besides the probes; with ``kl_bound`` (nats) instead the least one that keeps
     the mean KL below it. ``probes``: leading, strided. The canary catches the share ``catch`` of harmful cases, or,
-    with ``false_alarms``, as many as that share of alarms in harmless cases allows. ``repair``: percent of token-layers
-    that a repair of harmful contexts may compute; 0: none is looked for."""
+    with ``false_alarms``, as many as that share of alarms in harmless cases allows. ``release``: share of harmful cases
+    that a second pass behind an alarm may release; None: there is none. ``repair``: percent of token-layers that a
+    plan which always makes a second pass may compute; 0: none is looked for."""
 
     budget: float = 2.0
     kl_bound: float | None = None
     probes: tuple[int, int] = (0, 3)
     catch: float = 0.99
     false_alarms: float | None = None
+    release: float | None = 0.01
     repair: float = 5.0
 
 
@@ -69,16 +75,19 @@ def contexts(folder: Path, prompts: Sequence[str] = _PROMPTS) -> list[Case]:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Measures ``cases`` through a journal: what it holds is not measured again. ``say``: stage, done, total."""
+    """Measures ``cases`` through a journal: what it holds is not measured again. ``say``: stage, done, total.
+    ``bench``: does what one worker does."""
 
     spec: BenchSpec
     journal: Journal
     workers: int
     say: Callable[[str, int, int], None]
+    bench: Workbench | None = None
 
     def do(self, stage: str, units: Sequence[Unit]) -> None:
         """Raises WorkerLost."""
-        run_units(self.spec, units, self.journal, self.workers, lambda done, total: self.say(stage, done, total))
+        say = self.say
+        run_units(self.spec, units, self.journal, self.workers, lambda done, total: say(stage, done, total), self.bench)
 
     def rows(self, stage: str, cases: Sequence[Case], policies: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Means over all cases, by policy."""
@@ -96,32 +105,43 @@ class Calibration:
             "kl_by_fresh_band": [rows[name]["kl"] for name in bands],
         }
 
-    def counts(self, cases: Sequence[Case], num_layers: int, budget: float) -> tuple[str, dict[str, float]]:
-        """The plan with the least KL at the budget, and the KL of each that was tried."""
+    def counts(
+        self, cases: Sequence[Case], quiet: np.ndarray, num_layers: int, budget: float
+    ) -> tuple[str, dict[str, float]]:
+        """The plan with the least KL at the budget in the cases ``quiet`` bool [case, batch by batch], and the KL of
+        each that was tried."""
         plans = budget_plans(num_layers, budget)
-        kl = {name: row["kl"] for name, row in self.rows(f"layer counts at {budget:g} %", cases, plans).items()}
+        found = self.outcomes(f"layer counts at {budget:g} %", cases, plans)
+        kl = {
+            name: round(float(np.mean([o.kl for o, calm in zip(outcomes, quiet, strict=True) if calm])), 6)
+            for name, outcomes in found.items()
+        }
         return least_error(kl), kl
 
+    def outcomes(self, stage: str, cases: Sequence[Case], spellings: Sequence[str]) -> dict[str, list[Outcome]]:
+        """By policy, cases batch by batch."""
+        self.do(stage, outcome_units(cases, spellings, self.journal))
+        found: dict[str, list[Outcome]] = {}
+        for outcome in read_outcomes(cases, spellings, self.journal):
+            found.setdefault(outcome.policy, []).append(outcome)
+        return found
+
+    def second_pass(
+        self, cases: Sequence[Case], base: str, canary: Canary, layers: Sequence[int], bound: float
+    ) -> tuple[Again | None, dict[str, Any]]:
+        """See ``second_pass.choose_second_pass``."""
+        return choose_second_pass(partial(self.outcomes, "second pass", cases), base, canary, layers, bound)
+
     def repair(self, cases: Sequence[Case], layers: Sequence[int], budget: float) -> dict[str, Any]:
-        """The best policy that also chooses tokens by attention in one of ``layers``, or shifts, and computes at most
-        ``budget`` percent (and one token, as no picture can have less), beside first-k and CacheBlend-style."""
-        percents = [p for p in _PERCENTS if p <= budget]
-        tried = [f"shift:{k}" for k in (1, 2, 3)]
-        tried += [f"attend:{p:g}@{layer}{more}" for p in percents for layer in layers for more in ("", "+shift:1")]
-        compared = [f"uniform:{budget:g}", f"blend:{budget:g}"]
-        rows = self.rows(f"repair at {budget:g} %", cases, ["none", *tried, *compared])
-        room = rows[compared[0]]["computed_share"]
-        affordable = {name: rows[name]["kl"] for name in tried if rows[name]["computed_share"] <= room + 1e-9}
-        best = min(affordable, key=lambda name: affordable[name]) if affordable else "none"
-        shown = ("kl", "exact_match", "computed_share")
-        return {"policy": best, **{name: {k: rows[name][k] for k in shown} for name in (best, "none", *compared)}}
+        """See ``second_pass.best_repair``."""
+        stage = f"repair at {budget:g} %"
+        return best_repair(lambda names: self.rows(stage, cases, names), layers, budget, _PERCENTS)
 
 
 def calibrate(run: Calibration, cases: Sequence[Case], goal: Goal, *, model: str, num_layers: int, data: str) -> Any:
-    """The contents of a plan file for ``model`` (its fingerprint): layer counts and canary, which the engine serves,
-    and in ``provenance`` the sensitivities and the best repair, which only the evaluation has so far. Raises
-    ConfigError if the cases hold no harmful or no harmless context, since no limit follows from them, or no budget
-    meets the bound."""
+    """The contents of a plan file for ``model`` (its fingerprint): layer counts, and the canary with its second pass;
+    in ``provenance`` what they rest on, the sensitivities, and the best repair. Raises ConfigError if the cases hold no
+    harmful or no harmless context, since no limit follows from them, or no budget meets the bound."""
     run.do("canary", sighting_units(cases, [goal.probes], run.journal))
     values, harmful = statistics(read_sightings(cases, goal.probes, run.journal))
     try:
@@ -129,12 +149,16 @@ def calibrate(run: Calibration, cases: Sequence[Case], goal: Goal, *, model: str
     except ValueError as error:
         raise ConfigError(f"{data}: {error}") from error
     canary = Canary(*goal.probes, ((limit.layer, limit.limit),))
-    in_order = [case for _, _, batch in batches(cases) for case in batch]
-    quiet = [case for case, value in zip(in_order, values[limit.layer], strict=True) if value <= limit.limit]
+    quiet = values[limit.layer] <= limit.limit
     sensitivity = run.sensitivity(cases, num_layers)
-    budget, (chosen, kl) = _affordable(run, quiet, num_layers, goal)
+    budget, (chosen, kl) = _affordable(run, cases, quiet, num_layers, goal)
     plan = Plan.parse(chosen)
     helps = np.argsort(sensitivity["kl_by_fresh_layer"], kind="stable")[:2].tolist()
+    second: dict[str, Any] = {}
+    if goal.release is not None:
+        layers = sorted({*helps, num_layers * 4 // 5})
+        again, second = run.second_pass(cases, chosen, canary, layers, goal.release)
+        canary = replace(canary, again=again)
     return {
         "format": FORMAT,
         "model": model,
@@ -147,6 +171,7 @@ def calibrate(run: Calibration, cases: Sequence[Case], goal: Goal, *, model: str
             "harmful": int(harmful.sum()),
             "goal": asdict(goal),
             "detector": asdict(limit),
+            **({"second_pass": second} if second else {}),
             "budget_percent": budget,
             "kl_where_quiet": {name: float(f"{value:.4g}") for name, value in kl.items()},
             "sensitivity": sensitivity,
@@ -162,12 +187,12 @@ def _limit(values: np.ndarray, harmful: np.ndarray, goal: Goal) -> LimitChoice:
 
 
 def _affordable(
-    run: Calibration, quiet: Sequence[Case], num_layers: int, goal: Goal
+    run: Calibration, cases: Sequence[Case], quiet: np.ndarray, num_layers: int, goal: Goal
 ) -> tuple[float, tuple[str, dict[str, float]]]:
     if goal.kl_bound is None:
-        return goal.budget, run.counts(quiet, num_layers, goal.budget)
+        return goal.budget, run.counts(cases, quiet, num_layers, goal.budget)
     for budget in BUDGETS:
-        chosen, kl = run.counts(quiet, num_layers, budget)
+        chosen, kl = run.counts(cases, quiet, num_layers, budget)
         if kl[chosen] <= goal.kl_bound:
             return (0.0 if chosen == "none" else budget), (chosen, kl)
     raise ConfigError(
@@ -177,3 +202,25 @@ def _affordable(
 
 def write_plan(path: Path, contents: dict[str, Any]) -> None:
     path.write_text(json.dumps(contents, indent=1) + "\n")
+
+
+def summary(contents: Mapping[str, Any]) -> list[str]:
+    """A plan file's contents in words."""
+    found = contents["provenance"]
+    alarms = found["detector"]
+    lines = [
+        f"{found['cases']} cases, {found['harmful']} of them harmed by reuse",
+        f"canary {contents['canary']}: catches {alarms['caught']:.1%} of the harm, "
+        f"alarms in {alarms['false_alarms']:.1%} of the rest",
+    ]
+    second = found.get("second_pass")
+    if second and "again" in contents["canary"]:
+        lines.append(
+            f"second pass: releases {second['released']} of {second['alarms']} alarms, {second['released_harmful']} of "
+            f"them harmful (in truth at most {second['at_most']:.1%} of the harm); vision token-layers computed: "
+            f"{second['computed_share']:.1%} of these cases' instead of {second['computed_share_without']:.1%}, "
+            f"{second['computed_share_alarmed']:.1%} behind an alarm"
+        )
+    elif second:
+        lines.append("second pass: none, it would save nothing")
+    return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -37,6 +38,14 @@ class Shown:
         """The encoded file. Raises OSError where ``path`` cannot be read."""
         return Path(self.path).read_bytes() if self.path else self.picture().png()
 
+    def pixels(self) -> bytes:
+        """As ``data``; a drawn picture is not compressed, which takes longer than to draw it."""
+        if self.path:
+            return self.data()
+        out = BytesIO()
+        self.picture().image.save(out, "BMP")
+        return out.getvalue()
+
 
 @lru_cache(maxsize=64)
 def _drawn(shown: Shown) -> Picture:
@@ -45,7 +54,7 @@ def _drawn(shown: Shown) -> Picture:
 
 
 Part = str | Shown
-Metric = Literal["exact", "relaxed", "choice"]  #: see ``scoring.is_right``
+Metric = Literal["exact", "relaxed", "choice", "anls", "vqa"]  #: see ``scoring.score``
 
 
 @dataclass(frozen=True, slots=True)

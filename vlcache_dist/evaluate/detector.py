@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from vlcache_dist.evaluate.study import HARMFUL_KL, Sighting, statistics
+from vlcache_dist.evaluate.report import HARMFUL_KL, Outcome
+from vlcache_dist.evaluate.study import Sighting, statistics
 from vlcache_dist.reuse.calibrate import choose_limit, roc
+from vlcache_dist.reuse.evidence import wilson_upper
 
 Probes = tuple[int, int]
 _POINTS = 60  #: of a curve, at most
@@ -53,6 +55,30 @@ def _one(probes: Probes, tuned: Sequence[Sighting], tried: Sequence[Sighting]) -
         "auc_by_layer_V_max": [_share(roc(layer, harmed)[1]) for layer in other],
         "auc_entropy": _share(roc(np.array([s.entropy for s in tried]), harmed)[1]),
     }
+
+
+def verdicts(unwatched: Sequence[Outcome], released: Sequence[Outcome]) -> dict[str, Any]:
+    """What a plan that judges its own passes, ``released``, makes of cases that reuse alone, ``unwatched`` (the same
+    cases in the same order), would harm or not. Caught: harm that is not in the released answer, since everything was
+    computed or a second pass repaired it. A false alarm: everything computed in a case that was harmless."""
+    harmful = np.array([o.harmful for o in unwatched])
+    bad, alarmed, escalated = (np.array([getattr(o, what) for o in released]) for what in _VERDICT)
+    passed, harmless = int((bad & harmful).sum()), ~harmful
+    return {
+        "cases": len(harmful),
+        "harmful": int(harmful.sum()),
+        "alarmed_harmful": int((alarmed & harmful).sum()),
+        "repaired": int((harmful & ~escalated & ~bad).sum()),
+        "released_harmful": passed,
+        "caught": _share(1 - passed / max(harmful.sum(), 1)),
+        "missed_at_most": _share(wilson_upper(passed, int(harmful.sum()))),
+        "harmed_by_the_plan": int((bad & harmless).sum()),
+        "alarms_in_harmless": _share(alarmed[harmless].mean()),
+        "false_alarms": _share(escalated[harmless].mean()),
+    }
+
+
+_VERDICT = ("harmful", "alarmed", "escalated")
 
 
 def _formats(suite: str, sightings: Sequence[Sighting]) -> list[dict[str, Any]]:

@@ -69,7 +69,6 @@ def _recorded(bench: Workbench, prompts: Sequence[Dialogue], donors: Sequence[Do
     cases = [Case("leak", prompt, (), (donor,)) for prompt, donor in zip(prompts, donors, strict=True)]
     trial = Trial(bench, cases)
     mean = trial.recorded.v.mean(2).transpose(0, 1).flatten(1).float().cpu().numpy()
-    bench.forget()
     return mean
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.evaluate.plots import chart
+from vlcache_dist.evaluate.targets import budget_curves
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
@@ -29,7 +30,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_plots(figures: Mapping[str, Any], folder: Path) -> list[Path]:
     """``quality-accuracy.svg``, ``quality-kl.svg`` (against the computed share, over all formats, a point per policy)
-    and, of what else the file has, ``-layers``, ``-roc``, ``-sensitivity``, ``-bands``, ``-positions``, ``-shares``."""
+    and, of what else the file has, ``-layers``, ``-roc``, ``-sensitivity``, ``-bands``, ``-positions``, ``-shares``,
+    ``-budgets``, ``-errors``, ``-error-places``."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in _PLOTS.items():
@@ -77,6 +79,8 @@ def _right(figures: Mapping[str, Any], field: str, title: str, x_label: str) -> 
         return None
     kl, none = found[field], found["kl_none"]
     series = {"this one right": list(enumerate(kl)), "nothing right": [(0, none), (len(kl) - 1, none)]}
+    for one in figures.get("seeds", []):
+        series[f"role changes, seed {one['seed']}"] = list(enumerate(one[field]))
     return chart(title, x_label, "KL, nats", series)
 
 
@@ -107,7 +111,38 @@ def _shares(figures: Mapping[str, Any]) -> str | None:
     return chart(title, "% of vision token-layers computed", "KL, nats", series, lines=False) if series else None
 
 
+def _budgets(figures: Mapping[str, Any]) -> str | None:
+    try:
+        curves = budget_curves(figures["rows"])
+    except KeyError:
+        return None
+    series = {plan: list(curve.items()) for plan, curve in curves.items()}
+    return chart("KL at equal budgets, formats in which it matters", "budget, %", "KL, nats", series)
+
+
+def _errors(figures: Mapping[str, Any]) -> str | None:
+    series = {
+        f"{one['format']}, {kind}": list(enumerate(one[kind]))
+        for one in figures.get("errors", {}).get("formats", [])
+        for kind in ("self", "propagated")
+    }
+    return chart("Self and propagated error of V", "layer", "relative error", series) if series else None
+
+
+def _error_places(figures: Mapping[str, Any]) -> str | None:
+    series = {
+        f"{one['format']}, {kind}": list(enumerate(one[f"{kind}_by_part"]))
+        for one in figures.get("errors", {}).get("formats", [])
+        for kind in ("self", "propagated")
+    }
+    title = "Self and propagated error by place in the picture, layer of the largest"
+    return chart(title, "part of 16, first tokens first", "relative error", series) if series else None
+
+
 _PLOTS = {
+    "budgets": _budgets,
+    "errors": _errors,
+    "error-places": _error_places,
     "accuracy": _accuracy,
     "kl": _kl,
     "layers": _layers,

@@ -1,9 +1,10 @@
 """Seeded suites for the bundled model: the same questions in contexts that other contexts' KV is reused in.
 
 ``tune`` is for studies and calibration, ``held-out`` is touched by neither: other formats as well as other pictures
-and other words. Every format of these can be answered by the bundled model when everything is computed. ``sizes``
-(sides in steps of 28 pixels) and ``multi-hop`` (two pictures, or text and picture, have to be joined) ask more than it
-has learnt; they are for models that can.
+and other words. Both ask only what the bundled model answers when everything is computed: ``ANSWERED`` families of
+questions, ``LEARNT`` formats. What it answers is measured by ``abilities`` (every family of questions, behind and
+before the picture), ``multi-hop`` (two pictures, or text and picture, have to be joined) and ``rules`` (a rule before
+the picture changes the answer). Sides of pictures are drawn in steps of 28 pixels.
 """
 
 from __future__ import annotations
@@ -13,10 +14,17 @@ from collections.abc import Callable
 
 from vlcache_dist.demo.pictures import Fact, Kind
 from vlcache_dist.demo.questions import sentences
+from vlcache_dist.demo.scenes import Scene
 from vlcache_dist.evaluate.cases import Case, Dialogue, Donor, Shown
 
 Built = tuple[Dialogue, str, tuple[Donor | None, ...]]  #: request, answer, donors
 _LOOK = "Look at the picture."
+_SIDES = (5, 12)  #: cells of a side, least and most
+
+#: families of questions (``demo.scenes.Fact``) that the bundled model answers, at least 95 % of each
+ANSWERED = frozenset({"value", "cell", "place", "shape"})
+#: formats of ``multi-hop`` and ``rules`` that it answers as well: they are held out too
+LEARNT: tuple[str, ...] = ()
 
 
 class _Draw:
@@ -25,16 +33,23 @@ class _Draw:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
 
-    def picture(self, kind: Kind = "form", cells: tuple[int, int] = (8, 8)) -> Shown:
-        return Shown(kind, self.rng.getrandbits(40), *cells)
+    def picture(self, kind: Kind = "form") -> Shown:
+        return Shown(kind, self.rng.getrandbits(40), self.rng.randint(*_SIDES), self.rng.randint(*_SIDES))
 
     def any_picture(self) -> Shown:
         kinds: tuple[Kind, ...] = ("form", "table", "shapes")
-        return self.picture(self.rng.choice(kinds), self.rng.choice([(8, 8), (8, 8), (8, 12), (12, 12)]))
+        return self.picture(self.rng.choice(kinds))
 
-    def fact(self, picture: Shown) -> Fact:
-        facts = [f for f in picture.scene().facts if not f.question.startswith("Read row")]
-        return self.rng.choice(facts)
+    def fact(self, picture: Shown, but: Fact | None = None) -> Fact:
+        """A question of any family that is answered: families are equally likely, not questions. ``but``: not this one,
+        unless it is the only one."""
+        scene = picture.scene()
+        families: dict[str, list[Fact]] = {}
+        known = [fact for fact in (*scene.facts, *scene.hard) if fact.family in ANSWERED]
+        for fact in known:
+            if fact != but or len(known) == 1:
+                families.setdefault(fact.family, []).append(fact)
+        return self.rng.choice(families[self.rng.choice(list(families))])
 
     def words(self, count: int) -> str:
         return sentences(self.rng, count)
@@ -72,7 +87,8 @@ def _other_system(d: _Draw) -> Built:
 
 def _question_first(d: _Draw) -> Built:
     picture = d.picture()
-    fact, other = d.fact(picture), d.fact(picture)
+    fact = d.fact(picture)
+    other = d.fact(picture, but=fact)
     donor = Dialogue.user(other.question + "\n", picture)
     return Dialogue.user(fact.question + "\n", picture), fact.answer, (Donor(donor, 0),)
 
@@ -97,8 +113,8 @@ def _needle(d: _Draw, label: str, picture: Shown, words: int) -> Dialogue:
 
 def _code_word(d: _Draw) -> Built:
     picture = d.picture()
-    facts = picture.scene().facts
-    fact, other = d.rng.choice(facts), d.rng.choice(facts)
+    fact = d.fact(picture)
+    other = d.fact(picture, but=fact)
     donor = _needle(d, _label(other), picture, d.rng.randint(10, 60))
     return _needle(d, _label(fact), picture, d.rng.randint(10, 60)), fact.answer, (Donor(donor, 0),)
 
@@ -198,21 +214,6 @@ def _pair_question_first(d: _Draw) -> Built:
     return target, fact.answer, (Donor(donor, 1), Donor(donor, 0))
 
 
-def _any_size(d: _Draw) -> Shown:
-    return d.picture("form", (d.rng.randint(5, 12), d.rng.randint(5, 12)))
-
-
-def _any_size_other_text(d: _Draw) -> Built:
-    picture = _any_size(d)
-    fact = d.fact(picture)
-    donor = Dialogue.user(f"{_LOOK}{d.words(d.rng.randint(10, 60))}\n", picture, d.fact(picture).question)
-    return Dialogue.user(picture, fact.question), fact.answer, (Donor(donor, 0),)
-
-
-def _any_size_swapped(d: _Draw) -> Built:
-    return _swapped_pair(d, [_any_size(d), _any_size(d)])
-
-
 def _color_across(d: _Draw) -> Built:
     while True:
         pictures = [d.picture("shapes"), d.picture("shapes")]
@@ -225,6 +226,45 @@ def _color_across(d: _Draw) -> Built:
     answer = next(s.color_name for s in second if s.name == known.name)
     question = f"What color in picture 2 is the shape that is {known.color_name} in picture 1?"
     return _labelled(pictures, question), answer, tuple(Donor(d.bare(picture), 0) for picture in pictures)
+
+
+def _rule(rule: str, kind: Kind, dropped: bool = False) -> Callable[[_Draw], Built]:
+    """A rule before the picture, recorded without it; ``dropped``: the other way round."""
+
+    def build(d: _Draw) -> Built:
+        picture = d.picture(kind)
+        scene = picture.scene()
+        asked = d.rng.choice([f for f in scene.facts if f.family in ("value", "place")])
+        ruled = Dialogue.user(rule + "\n", picture, asked.question)
+        plain = Dialogue.user(picture, asked.question)
+        if dropped:
+            return plain, asked.answer, (Donor(ruled, 0),)
+        return ruled, _by_rule(rule, asked, scene), (Donor(d.bare(picture), 0),)
+
+    return build
+
+
+def _by_rule(rule: str, asked: Fact, scene: Scene) -> str:
+    if rule == _BACKWARDS:
+        return asked.answer[::-1]
+    row = int(asked.question.split("row ")[1].split(",")[0])
+    turned = asked.question.replace(f"row {row},", f"row {scene.rows // 2 + 1 - row},")
+    return next(fact.answer for fact in scene.facts if fact.question == turned)
+
+
+def _ability(kind: Kind, family: str, before: bool) -> Callable[[_Draw], Built]:
+    def build(d: _Draw) -> Built:
+        while True:  # not every scene has every family
+            picture = d.picture(kind)
+            scene = picture.scene()
+            facts = [fact for fact in (*scene.facts, *scene.hard) if fact.family == family]
+            if facts:
+                break
+        fact = d.rng.choice(facts)
+        parts = (fact.question + "\n", picture) if before else (picture, fact.question)
+        return Dialogue.user(*parts), fact.answer, (Donor(Dialogue.user(f"{_LOOK}{d.words(8)}\n", picture), 0),)
+
+    return build
 
 
 def _text_names_picture(d: _Draw) -> Built:
@@ -258,19 +298,33 @@ _HELD_OUT: dict[str, Callable[[_Draw], Built]] = {
     "second picture in a later turn": _second_picture_later,
     "question first, pictures swapped": _pair_question_first,
 }
-_SIZES: dict[str, Callable[[_Draw], Built]] = {
-    "any size, other text before": _any_size_other_text,
-    "any size, swapped labels": _any_size_swapped,
-}
 _MULTI_HOP: dict[str, Callable[[_Draw], Built]] = {
     "color across two pictures": _color_across,
     "text names the picture": _text_names_picture,
 }
+_BACKWARDS, _FROM_BELOW = "Write numbers backwards.", "Rows are counted from the bottom."
+_RULES: dict[str, Callable[[_Draw], Built]] = {
+    "numbers backwards, recorded without": _rule(_BACKWARDS, "form"),
+    "rows from the bottom, recorded without": _rule(_FROM_BELOW, "shapes"),
+    "recorded with rows from the bottom": _rule(_FROM_BELOW, "shapes", dropped=True),
+}
+_FAMILIES: dict[Kind, tuple[str, ...]] = {
+    "form": ("value", "label"),
+    "table": ("cell", "row"),
+    "shapes": ("place", "shape", "color", "count color", "count shape"),
+}
+_ABILITIES = {
+    f"{family}, {'before' if before else 'after'}": _ability(kind, family, before)
+    for kind, families in _FAMILIES.items()
+    for family in families
+    for before in (False, True)
+}
 SUITES = {
     "tune": _TUNE,
-    "held-out": _HELD_OUT,
-    "sizes": _SIZES,
+    "held-out": _HELD_OUT | {name: (_MULTI_HOP | _RULES)[name] for name in LEARNT},
     "multi-hop": _MULTI_HOP,
+    "rules": _RULES,
+    "abilities": _ABILITIES,
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlcache_dist.evaluate.cases import Case, batches
 from vlcache_dist.evaluate.journal import Journal
-from vlcache_dist.evaluate.trial import Trial
+from vlcache_dist.evaluate.trial import of as trial_of
 from vlcache_dist.evaluate.workbench import Workbench
 from vlcache_dist.evaluate.workers import Unit
 
@@ -43,8 +43,7 @@ def _key(name: str, start: int, batch: Sequence[Case]) -> str:
 
 
 def _measure(batch: Sequence[Case], key: str, bench: Workbench) -> dict[str, Any]:
-    trial = Trial(bench, batch)
-    bench.forget()
+    trial = trial_of(bench, batch)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios = np.sqrt(trial.deviation.dv / trial.deviation.v)
     pictures = []

@@ -1,9 +1,10 @@
 """Public VQA data as suites: JSON Lines beside their pictures, asked in contexts that the KV was not recorded in.
 
 A line is an object. Read are: ``question`` or ``query``; the picture as ``image``, ``imgname`` or ``image_path``
-(relative to the file's folder, or to ``images/`` or ``png/`` in it); ``answers`` (list), ``answer`` or ``label``. This
-covers DocVQA, TextVQA (exact match with any answer), ChartQA (``query``, ``imgname``, ``label``: numbers within 5 %,
-its "relaxed" accuracy) and choices in MMBench's style (options in ``A``, ``B``, ...; the answer is a letter).
+(relative to the file's folder, or to ``images/`` or ``png/`` in it); ``answers`` (list), ``answer`` or ``label``; and
+``metric`` (``scoring.score``). Without the last it follows from the layout: options in ``A``, ``B``, ... are MMBench's
+("choice", the answer is a letter), ``imgname`` is ChartQA's ("relaxed"), ``docId`` or ``ucsf_document_id`` DocVQA's
+("anls"), ten answers TextVQA's ("vqa"), all else is "exact".
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.evaluate.cases import Case, Dialogue, Donor, Metric, Shown
 
 _UNRELATED = "Keep your answers short. This conversation is about a picture that follows; read it with care.\n"
 _CHOICES = "ABCDEFGH"
+_DOCUMENT = {"docId", "ucsf_document_id"}
 
 
 def read_folder(folder: Path, limit: int | None = None) -> list[Case]:
@@ -68,8 +70,15 @@ def _lines(file: Path) -> Iterator[tuple[Shown, str, tuple[str, ...], Metric]]:
         options = [letter for letter in _CHOICES if line.get(letter) is not None]
         if options:
             question += "".join(f"\n{letter}. {line[letter]}" for letter in options) + "\nAnswer with the letter."
-        metric: Metric = "choice" if options else "relaxed" if "imgname" in line else "exact"
-        yield Shown(path=str(path)), question, listed, metric
+        yield Shown(path=str(path)), question, listed, _metric(line, listed, bool(options), where)
+
+
+def _metric(line: dict[str, Any], answers: tuple[str, ...], options: bool, where: str) -> Metric:
+    given = line.get("metric")
+    if given is not None and given not in get_args(Metric):
+        raise ConfigError(f"{where}: metric {given!r}: known are {', '.join(get_args(Metric))}")
+    layout = "choice" if options else "relaxed" if "imgname" in line else "anls" if _DOCUMENT & line.keys() else ""
+    return cast(Metric, given or layout or ("vqa" if len(answers) == 10 else "exact"))
 
 
 def _first(line: dict[str, Any], names: tuple[str, ...], where: str) -> Any:

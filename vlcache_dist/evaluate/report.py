@@ -10,18 +10,22 @@ import numpy as np
 
 from vlcache_dist.model.config import TextConfig
 
+HARMFUL_KL = 0.1  #: nats
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One case under one policy. ``kl``: of the first token, nats. ``edit``: Levenshtein distance between the policy's
-    and the full answer, in tokens. ``computed_share``: token-layers of vision tokens computed, of those of all
-    pictures, new ones left out; what an escalation threw away is counted too, so it can exceed 1. ``flops``: of the
-    prompt's pass from the first picture on."""
+    """One case under one policy. ``right``, ``full_right``: the answer's score and a full run's (``scoring.score``),
+    shares of 1. ``kl``: of the first token, nats. ``edit``: Levenshtein distance between the policy's and the full
+    answer, in tokens. ``computed_share``: token-layers of vision tokens computed, of those of the ``reused_tokens``
+    (new pictures are left out); what an escalation threw away is counted too, so it can exceed 1. ``flops``: of the
+    prompt's passes from the first picture on. ``alarmed``: a canary was above its limit; ``rechecked``: the answer is
+    that of a second pass, which moved the first token by ``moved`` nats; ``escalated``: everything was computed."""
 
     format: str
     policy: str
-    right: bool
-    full_right: bool
+    right: float
+    full_right: float
     kl: float
     first_token_agrees: bool
     same_answer: bool
@@ -29,10 +33,20 @@ class Outcome:
     computed_share: float
     escalated: bool
     flops: float
+    alarmed: bool = False
+    rechecked: bool = False
+    moved: float | None = None
+    reused_tokens: int = 1
+
+    @property
+    def harmful(self) -> bool:
+        """What reuse must not do: the first token's distribution is another, or a right answer became a wrong one."""
+        return self.kl > HARMFUL_KL or self.full_right >= 0.5 > self.right
 
 
 def rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """Means per format and policy, in order of appearance, and per policy over all cases (format ``all``)."""
+    """Means per format and policy, in order of appearance, and per policy over all cases (format ``all``). The computed
+    share is of all vision tokens together: a large picture counts more than a small one."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     everything: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
@@ -44,6 +58,8 @@ def rows(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
 def _row(format_: str, policy: str, group: Sequence[Outcome]) -> dict[str, Any]:
     table = {name: np.array([asdict(o)[name] for o in group], float) for name in _MEANS}
     means = {title: round(float(table[name].mean()), 6) for name, title in _MEANS.items()}
+    tokens = np.array([o.reused_tokens for o in group])
+    means["computed_share"] = round(float(np.average(table["computed_share"], weights=np.maximum(tokens, 1))), 6)
     return {"format": format_, "policy": policy, "cases": len(group), **means}
 
 
@@ -56,19 +72,9 @@ _MEANS = {
     "edit": "edit_distance",
     "computed_share": "computed_share",
     "escalated": "escalated_share",
+    "rechecked": "rechecked_share",
     "flops": "flops",
 }
-
-
-def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
-    """Levenshtein distance."""
-    previous = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        current = [i]
-        for j, y in enumerate(b, 1):
-            current.append(min(previous[j] + 1, current[-1] + 1, previous[j - 1] + (x != y)))
-        previous = current
-    return previous[-1]
 
 
 def pass_flops(config: TextConfig, token_layers: int, keys: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,11 @@ from vlcache_dist.errors import InvalidPlan
 from vlcache_dist.evaluate.cases import Case, batches
 from vlcache_dist.evaluate.journal import Journal
 from vlcache_dist.evaluate.policies import Attend, Policy, SpanView, parse_policy
-from vlcache_dist.evaluate.report import Outcome, edit_distance, pass_flops
-from vlcache_dist.evaluate.scoring import is_right, kl_divergence
+from vlcache_dist.evaluate.report import Outcome, pass_flops
+from vlcache_dist.evaluate.scoring import edit_distance, kl_divergence, score
 from vlcache_dist.evaluate.trial import Answers, Trial
+from vlcache_dist.evaluate.trial import of as trial_of
+from vlcache_dist.evaluate.verdict import Settled, others_behind, settle
 from vlcache_dist.evaluate.workbench import Workbench
 from vlcache_dist.evaluate.workers import Unit
 
@@ -24,8 +26,7 @@ from vlcache_dist.evaluate.workers import Unit
 def evaluate(bench: Workbench, cases: Sequence[Case], policies: Sequence[Policy]) -> Iterator[Outcome]:
     """Outcomes case by case. Raises InvalidPlan for a policy that does not fit the model."""
     for _, start, batch in batches(cases):
-        trial = Trial(bench, batch)
-        bench.forget()
+        trial = trial_of(bench, batch)
         for policy in policies:
             yield from _outcomes(trial, policy, seed=start)
 
@@ -38,7 +39,7 @@ def outcome_units(cases: Sequence[Case], policies: Sequence[str], journal: Journ
     for name, start, batch in batches(cases):
         keys = {spelling: _key(name, start, batch, spelling) for spelling in policies}
         missing = {spelling: key for spelling, key in keys.items() if key not in journal} or keys
-        units.append(Unit(tuple(missing.values()), partial(_measure, batch, start, missing)))
+        units.append(Unit(tuple(missing.values()), partial(_measure, batch, start, missing), (name, start)))
     return units
 
 
@@ -55,15 +56,26 @@ def _key(name: str, start: int, batch: Sequence[Case], spelling: str) -> str:
 
 
 def _measure(batch: Sequence[Case], start: int, keys: dict[str, str], bench: Workbench) -> dict[str, Any]:
-    trial = Trial(bench, batch)
-    bench.forget()
+    trial = trial_of(bench, batch)
     return {
         key: [asdict(outcome) for outcome in _outcomes(trial, parse_policy(spelling), seed=start)]
         for spelling, key in keys.items()
     }
 
 
-def _outcomes(trial: Trial, policy: Policy, seed: int) -> Iterator[Outcome]:
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """A batch's answers under a policy and what they cost: ``computed`` and ``others`` int64 [B], token-layers of
+    reused pictures, and of text and new pictures. ``settled``: what its canaries led to, if it has any."""
+
+    answers: Answers
+    computed: np.ndarray
+    others: np.ndarray
+    settled: Settled | None
+
+
+def under(trial: Trial, policy: Policy, seed: int = 0) -> Passes:
+    """Answer a batch under a policy. Raises InvalidPlan for one that does not fit the model."""
     shape = (trial.num_layers, *trial.known.shape)
     fresh, probes = np.zeros(shape, bool), np.zeros(trial.known.shape, bool)
     computed = np.zeros(len(trial.cases), np.int64)
@@ -82,20 +94,17 @@ def _outcomes(trial: Trial, policy: Policy, seed: int) -> Iterator[Outcome]:
                 probes[b, here.start + policy.canary.probes(span.length)] = True
     if policy.attend is not None:
         computed += _attended(trial, policy, policy.attend, fresh)
-    watched = probes if policy.canary is not None else None
-    answers, seen = trial.reuse(fresh, rotated=policy.rotated, probes=watched, shifted=policy.shifted)
-    escalated = np.zeros(len(trial.cases), bool)
-    if policy.canary is not None and seen is not None:
-        with np.errstate(invalid="ignore"):
-            ratios = np.sqrt(seen.dv / seen.v)
-        for b in range(len(trial.cases)):
-            first = _first_alarm(trial, policy, ratios, probes, b)
-            if first is not None:
-                escalated[b] = True
-                fresh[:, b, first:] = True
-                computed[b] += trial.num_layers * _reused(trial, b, first)
-        answers = _replaced(trial, answers, fresh, np.flatnonzero(escalated).tolist())
-    yield from _judged(trial, policy, answers, computed, escalated)
+    others = np.array([trial.num_layers * others_behind(trial, b, 0) for b in range(len(trial.cases))])
+    if policy.attend is not None:
+        others += others // trial.num_layers * (policy.attend.layer + 1)
+    if policy.canary is None:
+        answers = trial.full
+        if not fresh[:, trial.known].all():
+            answers, _ = trial.reuse(fresh, rotated=policy.rotated, shifted=policy.shifted)
+        return Passes(answers, computed, others, None)
+    answers, seen = trial.watched(fresh, probes)
+    settled = settle(trial, policy.canary, fresh, probes, answers, seen)
+    return Passes(settled.answers, computed + settled.computed, others + settled.others, settled)
 
 
 def _attended(trial: Trial, policy: Policy, attend: Attend, fresh: np.ndarray) -> np.ndarray:
@@ -115,58 +124,36 @@ def _attended(trial: Trial, policy: Policy, attend: Attend, fresh: np.ndarray) -
     return extra
 
 
-def _first_alarm(trial: Trial, policy: Policy, ratios: np.ndarray, probes: np.ndarray, b: int) -> int | None:
-    """The column where the first span that alarms begins."""
-    assert policy.canary is not None
-    for donor, here in zip(trial.cases[b].donors, trial.columns[b], strict=True):
-        at = here.start + np.flatnonzero(probes[b, here])
-        if donor is not None and policy.canary.excess(ratios[:, b, at]) > 1:
-            return here.start
-    return None
+def _reused(trial: Trial, b: int) -> int:
+    """Vision tokens with recorded KV."""
+    return int(trial.known[b].sum())
 
 
-def _reused(trial: Trial, b: int, first: int = 0) -> int:
-    """Vision tokens with recorded KV from a column on."""
-    return int(trial.known[b, first:].sum())
-
-
-def _replaced(trial: Trial, answers: Answers, fresh: np.ndarray, again: list[int]) -> Answers:
-    """The answers of cases ``again`` from a second pass."""
-    if not again:
-        return answers
-    second, _ = trial.reuse(fresh, only=again)
-    logprobs, token_ids = answers.logprobs.clone(), list(answers.token_ids)
-    for i, b in enumerate(again):
-        logprobs[b], token_ids[b] = second.logprobs[i], second.token_ids[i]
-    return Answers(logprobs, token_ids)
-
-
-def _judged(
-    trial: Trial, policy: Policy, answers: Answers, computed: np.ndarray, escalated: np.ndarray
-) -> Iterator[Outcome]:
+def _outcomes(trial: Trial, policy: Policy, seed: int) -> Iterator[Outcome]:
+    done = under(trial, policy, seed)
+    answers, settled = done.answers, done.settled
     bench, layers = trial.bench, trial.num_layers
     full, other = trial.full.logprobs.cpu().numpy(), answers.logprobs.cpu().numpy()
     kl = kl_divergence(full, other)
     for b, case in enumerate(trial.cases):
-        tokens, reused = trial.tokens[b], _reused(trial, b)
-        behind = len(tokens.ids) - tokens.spans[0].start
-        passes = 2 if escalated[b] else 1
-        text_layers = passes * layers + (policy.attend.layer + 1 if policy.attend is not None else 0)
-        token_layers = text_layers * (behind - reused) + int(computed[b])
         text, full_text = bench.text(answers.token_ids[b]), bench.text(trial.full.token_ids[b])
         ended = [_until_end(bench, ids) for ids in (answers.token_ids[b], trial.full.token_ids[b])]
         yield Outcome(
             format=case.format,
             policy=policy.name,
-            right=is_right(text, case.answers, case.metric),
-            full_right=is_right(full_text, case.answers, case.metric),
+            right=score(text, case.answers, case.metric),
+            full_right=score(full_text, case.answers, case.metric),
             kl=float(kl[b]),
             first_token_agrees=int(full[b].argmax()) == int(other[b].argmax()),
             same_answer=text == full_text,
             edit=edit_distance(*ended),
-            computed_share=float(computed[b]) / max(layers * reused, 1),
-            escalated=bool(escalated[b]),
-            flops=pass_flops(bench.config.text, token_layers, len(tokens.ids)),
+            reused_tokens=_reused(trial, b),
+            computed_share=float(done.computed[b]) / max(layers * _reused(trial, b), 1),
+            escalated=settled is not None and bool(settled.escalated[b]),
+            flops=pass_flops(bench.config.text, int(done.others[b] + done.computed[b]), len(trial.tokens[b].ids)),
+            alarmed=settled is not None and bool(settled.alarmed[b]),
+            rechecked=settled is not None and bool(settled.rechecked[b]),
+            moved=None if settled is None or np.isnan(settled.moved[b]) else float(settled.moved[b]),
         )
 
 

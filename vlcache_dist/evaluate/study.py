@@ -15,13 +15,13 @@ import numpy as np
 
 from vlcache_dist.evaluate.cases import Case, batches
 from vlcache_dist.evaluate.journal import Journal
+from vlcache_dist.evaluate.report import HARMFUL_KL
 from vlcache_dist.evaluate.scoring import is_right, kl_divergence
 from vlcache_dist.evaluate.trial import Trial
+from vlcache_dist.evaluate.trial import of as trial_of
 from vlcache_dist.evaluate.workbench import Workbench
 from vlcache_dist.evaluate.workers import Unit
 from vlcache_dist.reuse.probes import probe_tokens
-
-HARMFUL_KL = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def sighting_units(cases: Sequence[Case], probe_sets: Sequence[tuple[int, int]],
     for name, start, batch in batches(cases):
         keys = {probes: _key(name, start, batch, probes) for probes in probe_sets}
         missing = {probes: key for probes, key in keys.items() if key not in journal} or keys
-        units.append(Unit(tuple(missing.values()), partial(_measure, batch, missing)))
+        units.append(Unit(tuple(missing.values()), partial(_measure, batch, missing), (name, start)))
     return units
 
 
@@ -70,8 +70,7 @@ def _key(name: str, start: int, batch: Sequence[Case], probes: tuple[int, int]) 
 
 
 def _measure(batch: Sequence[Case], keys: dict[tuple[int, int], str], bench: Workbench) -> dict[str, Any]:
-    trial = Trial(bench, batch)
-    bench.forget()
+    trial = trial_of(bench, batch)
     return {key: [_json(s) for s in _sightings(trial, *probes)] for probes, key in keys.items()}
 
 
@@ -93,8 +92,7 @@ def _sightings(trial: Trial, leading: int, strided: int) -> list[Sighting]:
         for here in columns:
             probes[b, here.start + probe_tokens(here.stop - here.start, leading, strided)] = True
     fresh = np.broadcast_to(probes, (trial.num_layers, *probes.shape))
-    answers, seen = trial.reuse(fresh, probes=probes)
-    assert seen is not None
+    answers, seen = trial.watched(fresh, probes)
     kl = kl_divergence(trial.full.logprobs.cpu().numpy(), answers.logprobs.cpu().numpy())
     out = []
     for b, case in enumerate(trial.cases):

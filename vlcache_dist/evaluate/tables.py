@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vlcache_dist.errors import ConfigError
+from vlcache_dist.evaluate.targets import BUDGETS, budget_curves, targets
 
-_MAIN = ("none", "uniform:5")  #: policies that are shown by format, beside the calibrated repair and the canary
+_MAIN = ("none", "uniform:5", "calibrated:5", "canary", "guarded")  #: policies that are shown by format
 _PLACE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -56,9 +57,8 @@ def _policies(figures: Mapping[str, Any]) -> str:
 
 
 def _formats(figures: Mapping[str, Any]) -> str:
-    repair = figures.get("calibration", {}).get("repair", {}).get("policy")
     rows = figures.get("many", figures)["rows"]
-    policies = [p for p in dict.fromkeys(row["policy"] for row in rows) if p in _MAIN or p == repair or "canary" in p]
+    policies = [p for p in _MAIN if any(row["policy"] == p for row in rows)]
     rows = [row for row in rows if row["policy"] in policies]
     cells: dict[str, list[str]] = {}
     for row in rows:
@@ -86,6 +86,95 @@ def _detector(figures: Mapping[str, Any]) -> str:
     )
 
 
+def _verdicts(figures: Mapping[str, Any]) -> str:
+    head = (
+        "plan",
+        "cases",
+        "harmful",
+        "alarm in these",
+        "repaired",
+        "released",
+        "alarm in harmless",
+        "computed in full",
+    )
+    return _table(
+        head,
+        (
+            [
+                f"`{name}`",
+                str(v["cases"]),
+                str(v["harmful"]),
+                str(v["alarmed_harmful"]),
+                str(v["repaired"]),
+                str(v["released_harmful"]),
+                _percent(v["alarms_in_harmless"]),
+                _percent(v["false_alarms"]),
+            ]
+            for name, v in figures["detector"]["verdicts"].items()
+        ),
+    )
+
+
+def _targets(figures: Mapping[str, Any]) -> str:
+    lines = ([t.name, t.wanted, t.found, "met" if t.met else "**missed**"] for t in targets(figures))
+    return _table(("target", "wanted", "reached", ""), lines)
+
+
+def _budgets(figures: Mapping[str, Any]) -> str:
+    curves = budget_curves(figures["rows"])
+    return _table(
+        ("KL at a budget of", *(f"{budget} %" for budget in BUDGETS)),
+        ([f"`{plan}`", *(_kl(curve[budget]) for budget in BUDGETS)] for plan, curve in curves.items()),
+    )
+
+
+def _second_pass(figures: Mapping[str, Any]) -> str:
+    found = figures["calibration"]["second_pass"]
+    head = ("second pass", "alarms released", "of them harmful", "token-layers computed, all cases")
+    lines = [
+        [f"`{one['again']}`", str(one["released"]), str(one["released_harmful"]), _percent(one["computed_share"])]
+        for one in found["tried"]
+    ]
+    return _table(head, [["none", "0", "0", _percent(found["computed_share_without"])], *lines])
+
+
+def _seeds(figures: Mapping[str, Any]) -> str:
+    found = figures["seeds"]
+    parts = [[one[what] for one in found] for what in ("kl_by_fresh_layer", "kl_by_fresh_band")]
+    head = ["right in the picture's KV", *(str(n) for n in range(max(len(part[0]) for part in parts)))]
+    lines = []
+    for name, seeds in zip(("layer", "eighth of the tokens"), parts, strict=True):
+        line = [_spread(values) for values in zip(*seeds, strict=True)]
+        lines.append([name, *line, *[""] * (len(head) - 1 - len(line))])
+    nothing = _spread([one["kl_none"] for one in found])
+    return _table(head, [*lines, ["nothing", nothing, *[""] * (len(head) - 2)]])
+
+
+def _errors(figures: Mapping[str, Any]) -> str:
+    formats = figures["errors"]["formats"]
+    kinds = ("self", "propagated", "cumulative")
+    return _table(
+        ("context", "", *(f"l{layer}" for layer in range(1, len(formats[0]["self"])))),
+        (
+            [f["format"] if kind == "self" else "", kind, *(f"{value:.2f}" for value in f[kind][1:])]
+            for f in formats
+            for kind in kinds
+        ),
+    )
+
+
+def _error_plans(figures: Mapping[str, Any]) -> str:
+    rows = figures["errors"]["plans"]
+    head = ("", *(f"`{row['policy']}`" for row in rows))
+    lines = [["cumulative error", *(f"{row['cumulative']:.2f}" for row in rows)], ["KL", *(_kl(r["kl"]) for r in rows)]]
+    return _table(head, lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean, and in brackets the smallest and the largest."""
+    return f"{_kl(sum(values) / len(values))} ({_kl(min(values))}-{_kl(max(values))})"
+
+
 def _sensitivity(figures: Mapping[str, Any]) -> str:
     found = figures["calibration"]["sensitivity"]
     layers, bands = found["kl_by_fresh_layer"], found["kl_by_fresh_band"]
@@ -108,13 +197,17 @@ def _repair(figures: Mapping[str, Any]) -> str:
 
 def _shares(figures: Mapping[str, Any]) -> str:
     rows = [row for row in figures["shares"] if row["format"] == "all"]
-    seeds = sorted({row["seed"] for row in rows})
-    cells: dict[str, dict[int, str]] = {}
+    by_policy: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        line = cells.setdefault(row["policy"], {})
-        line[row["seed"]] = f"{row['exact_match']:.2f}, {_kl(row['kl'])}"
-    head = ("policy", *(f"seed {seed}" for seed in seeds))
-    return _table(head, ([f"`{name}`", *(line[seed] for seed in seeds)] for name, line in cells.items()))
+        by_policy.setdefault(row["policy"], []).append(row)
+    lines = (
+        [
+            f"`{name}`",
+            *(_spread([row[what] for row in group]) for what in ("exact_match", "kl", "first_token_agreement")),
+        ]
+        for name, group in by_policy.items()
+    )
+    return _table(("policy", "exact match", "KL", "first token agrees"), lines)
 
 
 def _more(figures: Mapping[str, Any]) -> str:
@@ -137,6 +230,13 @@ def _ttft(figures: Mapping[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "targets": _targets,
+    "budgets": _budgets,
+    "verdicts": _verdicts,
+    "second-pass": _second_pass,
+    "seeds": _seeds,
+    "errors": _errors,
+    "error-plans": _error_plans,
     "policies": _policies,
     "formats": _formats,
     "detector": _detector,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 
-from vlcache_dist.evaluate.cases import Case, Donor
+from vlcache_dist.evaluate.cases import Case, Dialogue, Donor
 from vlcache_dist.evaluate.dense import Attention, Captured, DenseCache, Shift
 from vlcache_dist.evaluate.workbench import Tokens, Workbench
 
@@ -48,10 +48,22 @@ class _Run:
     last: torch.Tensor
 
 
+def of(bench: Workbench, cases: Sequence[Case]) -> Trial:
+    """The trial of a batch; the bench keeps its last ones."""
+    key = tuple(cases)
+    trial = bench.trials.pop(key, None) or Trial(bench, cases)
+    bench.trials[key] = trial
+    while len(bench.trials) > bench.max_trials:
+        del bench.trials[next(iter(bench.trials))]
+    return trial
+
+
 class Trial:
     """Vision tokens of case b are columns [0, sum of its spans) of every [B, M] array; the rest is padding.
 
-    ``columns[b]``: the slice of each span. ``known`` bool [B, M]: there is a recorded K, V."""
+    Encoder outputs on the bench are forgotten. ``columns[b]``: the slice of each span. ``known`` bool [B, M]: there is
+    a recorded K, V. ``computed``: K (unrotated) and V of a full run, [layer, B, M, kv_head, head_dim]; ``deviation``:
+    their distance from the recorded ones."""
 
     def __init__(self, bench: Workbench, cases: Sequence[Case]) -> None:
         self.bench, self.cases, dense = bench, cases, bench.dense
@@ -78,10 +90,14 @@ class Trial:
         hidden, fresh = dense.run(self._x, index, self._positions, self._cache, capture=gather)
         assert fresh is not None
         self.full = self._answer(hidden[self._each, [len(t.ids) - 1 for t in self.tokens]], self._cache)
+        self.computed = fresh
         self.known = np.zeros(where.shape, bool)
         self._vision_positions = self._positions.gather(2, gather[None].expand(3, -1, -1))
         self._record(donors, fresh)
         self.deviation = _deviation(fresh, self._kept)
+        self._passes: dict[tuple[bytes, bytes], tuple[Answers, Deviation]] = {}
+        self._lent: dict[tuple[bytes, bytes, bytes], tuple[Captured, np.ndarray]] = {}
+        bench.forget()
 
     @property
     def num_layers(self) -> int:
@@ -104,28 +120,34 @@ class Trial:
         only: Sequence[int] | None = None,
         probes: np.ndarray | None = None,
         shifted: bool = False,
+        kept: Captured | None = None,
     ) -> tuple[Answers, Deviation | None]:
         """Answers with cached K, V of every vision token and layer that ``fresh`` bool [layer, B, M] does not name.
         ``only``: the cases to run (all); results are in their order. ``probes`` bool [B, M]: tokens, fresh in every
         layer, whose deviation is wanted ([layer, B, M], 0 elsewhere). ``rotated=False`` leaves keys at the positions at
         which they were recorded. ``shifted``: cached tokens of a picture follow those of it that are fresh in every
-        layer (``dense.Shift``)."""
+        layer (``dense.Shift``). ``kept``: of the cases that run, in place of what was recorded (``lent``)."""
         dense, device = self.bench.dense, self.bench.device
         picked = list(range(len(self.cases)) if only is None else only)
-        run = self._prepared(picked, fresh, rotated, shifted)
+        run = self._prepared(picked, fresh, rotated, shifted, kept)
         widest = run.index.shape[1]
         capture = None if probes is None else torch.arange(widest, device=device).expand((len(picked), -1))
         hidden, seen = dense.run(run.x, run.index, run.positions, run.cache, run.mask, capture, run.shifts)
         answers = self._answer(hidden[torch.arange(len(picked)), run.last], run.cache, picked)
         if probes is None or seen is None:
             return answers, None
-        back = torch.zeros(len(picked), self.known.shape[1], dtype=torch.long)  # type: ignore[misc]
-        for i, c in enumerate(run.columns):
-            back[i, c[c >= 0]] = torch.from_numpy(np.flatnonzero(c >= 0))
-        each = torch.arange(len(picked))[:, None]
-        dev = _deviation(Captured(seen.k[:, each, back], seen.v[:, each, back]), run.kept)
+        dev = _deviation(_by_column(run, seen, len(self.known[0])), run.kept)
         wanted = probes[picked] & self.known[picked]
         return answers, Deviation(*(np.where(wanted, part, 0.0) for part in (dev.dk, dev.dv, dev.k, dev.v)))
+
+    def watched(self, fresh: np.ndarray, probes: np.ndarray) -> tuple[Answers, Deviation]:
+        """``reuse`` with probes: a first pass. It is done once for all plans that share it."""
+        key = fresh.tobytes(), probes.tobytes()
+        if key not in self._passes:
+            answers, seen = self.reuse(fresh, probes=probes)
+            assert seen is not None
+            self._passes[key] = answers, seen
+        return self._passes[key]
 
     def attention(self, fresh: np.ndarray, *, shifted: bool = False) -> np.ndarray:
         """What the prompt's last token pays to each vision token, mean over heads, with reuse as in ``reuse``: fp32
@@ -133,16 +155,59 @@ class Trial:
         run = self._prepared(list(range(len(self.cases))), fresh, True, shifted)
         seen = Attention(run.last.to(self.bench.device))
         self.bench.dense.run(run.x, run.index, run.positions, run.cache, run.mask, None, run.shifts, seen)
-        paid = torch.stack(seen.layers)
-        at = self._vision.clamp(max=paid.shape[-1] - 1)[None].expand(len(paid), -1, -1)
-        return np.where(self._there, paid.gather(2, at).cpu().numpy(), 0.0)
+        return self._paid(seen, slice(None))
 
-    def _prepared(self, picked: Sequence[int], fresh: np.ndarray, rotated: bool, shifted: bool) -> _Run:
+    def lent(self, fresh: np.ndarray, probes: np.ndarray, first: Mapping[int, int]) -> tuple[Captured, np.ndarray]:
+        """What a second pass starts from (``engine.verdict``), for the cases in ``first``, in its order; its values are
+        the columns from which on pictures are suspicious: in these, what the tokens ``probes`` bool [B, M] have gained
+        on average in a pass with ``fresh`` is added to all that was recorded of their picture, layer by layer, K before
+        rotation. And the attention that pass' last token pays, as in ``attention``. The last ones are kept."""
+        key = fresh.tobytes(), probes.tobytes(), repr(first).encode()
+        if key not in self._lent:
+            self._lent = {key: self._lend(fresh, probes, first)}
+        return self._lent[key]
+
+    def _lend(self, fresh: np.ndarray, probes: np.ndarray, first: Mapping[int, int]) -> tuple[Captured, np.ndarray]:
+        picked = list(first)
+        run = self._prepared(picked, fresh, True, False)
+        attention = Attention(run.last.to(self.bench.device))
+        seen = self._seen(run, attention)
+        kept = Captured(run.kept.k.clone(), run.kept.v.clone())
+        for i, b in enumerate(picked):
+            for donor, here in zip(self.cases[b].donors, self.columns[b], strict=True):
+                at = here.start + np.flatnonzero(probes[b, here])
+                if donor is None or here.start < first[b] or not len(at):
+                    continue
+                for part, now in ((kept.k, seen.k), (kept.v, seen.v)):
+                    part[:, i, here] += (now[:, i, at] - part[:, i, at]).mean(1, keepdim=True)
+        return kept, self._paid(attention, picked)
+
+    def recomputed(self, fresh: np.ndarray) -> Captured:
+        """K (unrotated) and V of the tokens that are fresh in every layer, computed over the recorded ones of all
+        others: [layer, B, M, kv_head, head_dim]; what stands for other tokens means nothing."""
+        return self._seen(self._prepared(list(range(len(self.cases))), fresh, True, False), None)
+
+    def _seen(self, run: _Run, attention: Attention | None) -> Captured:
+        rows = torch.arange(run.index.shape[1], device=self.bench.device).expand(len(run.index), -1)
+        _, seen = self.bench.dense.run(
+            run.x, run.index, run.positions, run.cache, run.mask, rows, run.shifts, attention
+        )
+        assert seen is not None
+        return _by_column(run, seen, len(self.known[0]))
+
+    def _paid(self, attention: Attention, picked: Sequence[int] | slice) -> np.ndarray:
+        paid = torch.stack(attention.layers)
+        at = self._vision[picked].clamp(max=paid.shape[-1] - 1)[None].expand(len(paid), -1, -1)
+        return np.where(self._there[picked], paid.gather(2, at).cpu().numpy(), 0.0)
+
+    def _prepared(
+        self, picked: Sequence[int], fresh: np.ndarray, rotated: bool, shifted: bool, kept: Captured | None = None
+    ) -> _Run:
         dense, device = self.bench.dense, self.bench.device
         chosen = torch.tensor(picked, device=device)
         fresh = fresh | ~self.known
         cache = DenseCache(self._cache.k[:, chosen], self._cache.v[:, chosen])
-        kept = Captured(self._kept.k[:, chosen], self._kept.v[:, chosen])
+        kept = kept or Captured(self._kept.k[:, chosen], self._kept.v[:, chosen])
         to = self._vision_positions if rotated else self._kept_positions
         known = torch.from_numpy(self.known[picked]).to(device)
         index = torch.where(known, self._vision[chosen], self._rows)
@@ -205,24 +270,30 @@ class Trial:
         bench, dense = self.bench, self.bench.dense
         self._kept = Captured(torch.zeros_like(like.k), torch.zeros_like(like.v))
         self._kept_positions = self._vision_positions.clone()
-        unique = list(dict.fromkeys(donors))
+        wanted: dict[Dialogue, list[int]] = {}
+        for donor in dict.fromkeys(donors):
+            wanted.setdefault(donor.dialogue, []).append(donor.index)
         cut = []
-        for donor in unique:
-            t = bench.tokens(donor.dialogue)
-            stop = t.spans[donor.index].end
-            spans = t.spans[: donor.index + 1]
+        for dialogue, indices in wanted.items():
+            t, last = bench.tokens(dialogue), max(indices)
+            stop, spans = t.spans[last].end, t.spans[: last + 1]
             cut.append(Tokens(t.ids[:stop], t.positions[:, :stop], t.delta, spans, t.pictures))
         found: dict[Donor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        for start in range(0, len(unique), 64):
-            part = cut[start : start + 64]
+        for start in range(0, len(cut), 64):
+            part, asked = cut[start : start + 64], list(wanted.items())[start : start + 64]
             x, index, positions = _stack(bench, part, max(len(t.ids) for t in part))
-            at = [torch.arange(t.spans[-1].start, t.spans[-1].end) for t in part]
+            at = [
+                torch.cat([torch.arange(t.spans[n].start, t.spans[n].end) for n in indices])
+                for t, (_, indices) in zip(part, asked, strict=True)
+            ]
             capture = torch.nn.utils.rnn.pad_sequence(at, batch_first=True).to(bench.device)
             _, seen = dense.run(x, index, positions, dense.new_cache(len(part), x.shape[1]), capture=capture)
             assert seen is not None
-            for i, donor in enumerate(unique[start : start + 64]):
-                n = len(at[i])
-                found[donor] = seen.k[:, i, :n], seen.v[:, i, :n], positions[:, i, at[i]]
+            for i, (dialogue, indices) in enumerate(asked):
+                stop = 0
+                for n in indices:
+                    here = slice(stop, stop := stop + part[i].spans[n].length)
+                    found[Donor(dialogue, n)] = seen.k[:, i, here], seen.v[:, i, here], positions[:, i, at[i][here]]
         for b, case in enumerate(self.cases):
             for given, here in zip(case.donors, self.columns[b], strict=True):
                 if given is not None:
@@ -268,6 +339,15 @@ def _stack(
         for span, picture in zip(t.spans, t.pictures, strict=False):
             x[b, span.start : span.end] = bench.embedding(picture)
     return x, torch.from_numpy(index).to(bench.device), torch.from_numpy(positions).to(bench.device)
+
+
+def _by_column(run: _Run, seen: Captured, width: int) -> Captured:
+    """K and V of the rows that ran, [layer, B, R, ...], at their vision columns: [layer, B, width, ...]."""
+    back = torch.zeros(len(run.columns), width, dtype=torch.long)
+    for i, c in enumerate(run.columns):
+        back[i, c[c >= 0]] = torch.from_numpy(np.flatnonzero(c >= 0))
+    each = torch.arange(len(run.columns))[:, None]
+    return Captured(seen.k[:, each, back], seen.v[:, each, back])
 
 
 def _deviation(fresh: Captured, kept: Captured) -> Deviation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ from vlcache_dist.model.weights import Checkpoint
 from vlcache_dist.prompt import Conversation, PromptBuilder, TokenText
 from vlcache_dist.types import MediaSpan
 from vlcache_dist.wire import MediaMeta
+
+if TYPE_CHECKING:
+    from vlcache_dist.evaluate.cases import Case
+    from vlcache_dist.evaluate.trial import Trial
 
 ENCODE_TOKENS = 2048  #: vision tokens per pass of the tower
 
@@ -36,9 +41,12 @@ class Tokens:
 
 class Workbench:
     """``model`` as in ``LLM``. Encoder outputs of the pictures asked for are kept until ``forget``. ``max_answer``:
-    tokens of an answer, the end-of-sequence token included."""
+    tokens of an answer, the end-of-sequence token included. ``trials``: how many batches are kept as they were recorded
+    and computed in full (``trial.of``)."""
 
-    def __init__(self, model: str = "tiny", *, device: str = "auto", dtype: str = "auto", max_answer: int = 12) -> None:
+    def __init__(
+        self, model: str = "tiny", *, device: str = "auto", dtype: str = "auto", max_answer: int = 12, trials: int = 1
+    ) -> None:
         settings = ModelSettings.of(model=model, device=device, dtype=dtype)
         placement = Placement.of(settings)
         checkpoint = Checkpoint.open(settings.model, settings.revision)
@@ -50,7 +58,8 @@ class Workbench:
             checkpoint.folder, merge_size=self.config.vision.spatial_merge_size, max_model_len=1 << 20
         )
         self._text = TokenText(self._prompts.tokenizer)
-        self.max_answer = max_answer
+        self.max_answer, self.max_trials = max_answer, trials
+        self.trials: dict[tuple[Case, ...], Trial] = {}
         self._seen: dict[Shown, tuple[MediaMeta, torch.Tensor]] = {}
 
     def encode(self, pictures: Iterable[Shown]) -> None:
@@ -59,7 +68,7 @@ class Workbench:
         for picture in dict.fromkeys(pictures):
             if picture in self._seen:
                 continue
-            item = MediaItem.of("image", (picture.data(),), where=picture.path or "picture")
+            item = MediaItem.of("image", (picture.pixels(),), where=picture.path or "picture")
             patches = self._processor.patches(item)
             todo.append((picture, patches))
             tokens += self._processor.num_tokens(patches.grid)

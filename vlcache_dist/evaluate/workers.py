@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,17 +26,43 @@ class BenchSpec:
     device: str = "auto"
     dtype: str = "auto"
     max_answer: int = 12
+    trials: int = 1
 
     def build(self) -> Workbench:
-        return Workbench(self.model, device=self.device, dtype=self.dtype, max_answer=self.max_answer)
+        return Workbench(
+            self.model, device=self.device, dtype=self.dtype, max_answer=self.max_answer, trials=self.trials
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """``work`` returns JSON values by key, for ``keys``; it and they cross process borders by pickle."""
+    """``work`` returns JSON values by key, for ``keys``; it and they cross process borders by pickle. ``about``: the
+    batch that it is about."""
 
     keys: tuple[str, ...]
     work: Callable[[Workbench], dict[str, Any]]
+    about: tuple[str, int] = ("", 0)
+
+
+def joined(journal: Journal, *lists: Sequence[Unit]) -> list[Unit]:
+    """Units about the same batch as one, so that it is recorded and computed in full once; what ``journal`` has is left
+    out, where anything else is left."""
+    groups: dict[tuple[str, int], list[Unit]] = {}
+    for unit in (unit for units in lists for unit in units):
+        groups.setdefault(unit.about, []).append(unit)
+    out = []
+    for about, units in groups.items():
+        todo = [unit for unit in units if any(key not in journal for key in unit.keys)] or units
+        keys = tuple(key for unit in todo for key in unit.keys)
+        out.append(Unit(keys, partial(_all, tuple(unit.work for unit in todo)), about))
+    return out
+
+
+def _all(works: tuple[Callable[[Workbench], dict[str, Any]], ...], bench: Workbench) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for work in works:
+        found |= work(bench)
+    return found
 
 
 _bench: Workbench | None = None  # of this worker process

@@ -8,7 +8,11 @@ from itertools import combinations, groupby
 
 import numpy as np
 
-EXTRA_FALSE_ALARMS = 0.05  #: share of harmless cases that a wider margin may cost
+from vlcache_dist.reuse.evidence import wilson_upper
+
+EXTRA_FALSE_ALARMS = 0.05  #: share of harmless cases, or of alarms, that a wider margin may cost
+LARGEST_MOVE = 0.1  #: nats; a first token that a second pass moves further is another one
+_SMALLEST_MOVE = 1e-3  #: nats; moves below it are equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,43 @@ def choose_limit(statistics: np.ndarray, harmful: np.ndarray, catch: float = 0.9
     fewest = min(choice.false_alarms for _, choice in found)
     near = [(gap, choice) for gap, choice in found if choice.false_alarms <= fewest + EXTRA_FALSE_ALARMS]
     return max(near, key=lambda pair: pair[0])[1]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseChoice:
+    """A second pass' limit in nats, and what it does to the alarms it was drawn from: ``released`` of them, of which
+    ``released_harmful`` were wrong. ``at_most``: the share of harmful cases that may be released in truth (Wilson,
+    one-sided 95 %)."""
+
+    limit: float
+    released: int
+    released_harmful: int
+    at_most: float
+
+
+def choose_release(moved: np.ndarray, harms: np.ndarray, harmful_cases: int, bound: float) -> ReleaseChoice:
+    """``moved`` fp [alarm]: nats by which the second pass moved the first token; ``harms`` bool [alarm]: its answer is
+    wrong. The limit releases at most ``bound * harmful_cases`` wrong answers and never one that moved by more than
+    ``LARGEST_MOVE``; below that it lies in the widest relative gap that costs at most ``EXTRA_FALSE_ALARMS`` of the
+    alarms, since a limit that touches the cases it was drawn from lets their like pass. 0, and nothing released, where
+    wrong answers do not move."""
+    allowed = int(np.floor(bound * harmful_cases + 1e-9))
+    wrong = np.sort(moved[harms])
+    ceiling = min(float(wrong[allowed]) if allowed < len(wrong) else LARGEST_MOVE, LARGEST_MOVE)
+    if ceiling <= _SMALLEST_MOVE:  # what is wrong does not move: nothing can be told
+        return ReleaseChoice(0.0, 0, 0, round(wilson_upper(0, harmful_cases), 4))
+    below = np.sort(np.maximum(moved[moved < ceiling], _SMALLEST_MOVE))[::-1]
+    upper, gap, limit = ceiling, 0.0, ceiling * (1 - 1e-6)
+    for cut, lower in enumerate([*below.tolist(), _SMALLEST_MOVE]):
+        if cut > EXTRA_FALSE_ALARMS * len(moved):
+            break
+        if np.log(upper / lower) > gap:
+            gap, limit = float(np.log(upper / lower)), float(np.sqrt(upper * lower))
+        upper = lower
+    limit = round(limit, 6)
+    released = moved <= limit
+    harmful = int((released & harms).sum())
+    return ReleaseChoice(limit, int(released.sum()), harmful, round(wilson_upper(harmful, harmful_cases), 4))
 
 
 def roc(statistic: np.ndarray, harmful: np.ndarray) -> tuple[list[tuple[float, float]], float]:

@@ -5,7 +5,7 @@
     {"format": 1, "model": "<weights fingerprint>", "num_layers": 28,
      "counts": [82, 82, 40, ...],            either tokens per layer
      "percents": [20, 20, 2.5, ...],         or percent of the span per layer (at most six decimals are kept)
-     "canary": "1,2,5<0.31",                 optional: probe tokens and limits (``reuse.canary``)
+     "canary": "1,2,5<0.31,again:5@8<0.02",  optional: probes, limits, and a second pass (``reuse.canary``)
      "provenance": {...}}                    optional: data and results of the calibration, not interpreted
 """
 
