@@ -246,9 +246,10 @@ def shapes(tokens: int) -> dict[int, list[Shape]]:
     return found
 
 
-def stream(encoder: Encoder, seed: int, tokens: int, hardness: Any) -> Iterator[Batch]:
+def stream(encoder: Encoder, seed: int, tokens: int, hardness: Any, lessons: bool = True) -> Iterator[Batch]:
     """Batches of about ``tokens`` tokens for ever. ``hardness`` in [0, 1] is read anew for each if it is a shared
-    value: at 0 one picture of 8 x 8 cells and little text, at 1 up to three of all sizes."""
+    value: at 0 one picture of 8 x 8 cells and little text, at 1 up to three of all sizes.
+    ``lessons``: as in ``Draw``."""
     rng = random.Random(seed)
     known = shapes(tokens)
     easy = [shape for shape in known[1] if shape.grids == ((8, 8),) and shape.room < 384]
@@ -256,7 +257,7 @@ def stream(encoder: Encoder, seed: int, tokens: int, hardness: Any) -> Iterator[
         now = float(getattr(hardness, "value", hardness))
         count = rng.choices((1, 2, 3), (1.0, 0.9 * now, 0.35 * now))[0]
         shape = rng.choice(known[count] if rng.random() < now else easy)
-        draw = Draw(rng, hardness=now)
+        draw = Draw(rng, hardness=now, lessons=lessons)
         rows = [sample(draw, shape.grids, shape.room) for _ in range(shape.rows)]
         yield collate(rows, encoder, shape.length, shape.learn_length)
 

@@ -31,8 +31,8 @@ def fresh_model(encoder: Encoder) -> Any:
 
     template = json.loads((TEMPLATE / "config.json").read_text())
     text, vision = template["text_config"], template["vision_config"]
-    text.update(num_hidden_layers=8, intermediate_size=384, layer_types=["full_attention"] * 8)
-    vision.update(depth=4, hidden_size=160, num_heads=5, intermediate_size=384, fullatt_block_indexes=[1, 3])
+    text.update(num_hidden_layers=10, intermediate_size=192, layer_types=["full_attention"] * 10)
+    vision.update(depth=5, hidden_size=192, num_heads=6, intermediate_size=256, fullatt_block_indexes=[2, 4])
     ids = {"image_token_id": encoder.image_pad, "vision_start_token_id": encoder.vision_start}
     more = {k: template[k] for k in ("video_token_id", "vision_end_token_id", "tie_word_embeddings")}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids, **more)

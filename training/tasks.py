@@ -57,11 +57,13 @@ class Sample:
 
 @dataclass(slots=True)
 class Draw:
-    """Source of pictures and questions. ``hardness`` in [0, 1]: the curriculum's progress."""
+    """Source of pictures and questions. ``hardness`` in [0, 1]: the curriculum's progress. ``lessons``: ask also for
+    what only teaches (``dense``)."""
 
     rng: random.Random
     seeds: tuple[int, int] = TRAIN_SEEDS
     hardness: float = 1.0
+    lessons: bool = True
 
     def shown(self, grid: Grid, kind: Kind | None = None) -> Shown:
         kinds: tuple[Kind, ...] = ("form", "shapes", "table")
@@ -71,7 +73,8 @@ class Draw:
     def fact(self, scene: Scene) -> Fact:
         """A question of any family that the scene has: families are equally likely, not questions."""
         groups: dict[str, list[Fact]] = {}
-        for fact in (*scene.facts, *scene.hard, *dense(scene, self.rng.random() > self.hardness)):
+        lessons = dense(scene, self.rng.random() > self.hardness) if self.lessons else ()
+        for fact in (*scene.facts, *scene.hard, *lessons):
             groups.setdefault(fact.family, []).append(fact)
         return self.rng.choice(groups[self.rng.choice(sorted(groups))])
 

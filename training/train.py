@@ -4,6 +4,9 @@ Everything is drawn on the fly: scenes by worker processes, pixels on the device
 (warm-up, constant rate, decay over the last 40 %; harder data as time passes), so half the speed gives a worse
 model, not a longer run. ``FOLDER/state.pt`` is written every two minutes and taken up by the same command;
 ``FOLDER/best`` is the checkpoint with the best validation so far, and only that is exported.
+
+``--start CHECKPOINT`` goes on from a model that can see and find already (``training.shrink``, an earlier release): no
+auxiliary readers, no warm-up of the data, and with ``--frozen-tower`` only the language model learns.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch import nn
 from training.batches import AUX_CLASSES, PLACE_CLASSES, SIZES, Batch, Encoder, stream, validation
 from training.export import TEMPLATE, export, fresh_model
 from training.network import EAGER, Blocks, Weights, atlas, forward
+from training.shrink import load, parts
 from training.step import Step
 from training.tasks import Grid
 
@@ -53,15 +57,27 @@ class Schedule:
         return self.rate * warm * min(1.0, max(0.005, (1 - self.progress) / (1 - DECAY_FROM)))
 
 
+def by_answer(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Cross entropy in which every answer counts the same, however long: who can read whole rows already learns most
+    from the short answers that are still wrong."""
+    answers = len(batch.families)
+    learnt = batch.target >= 0
+    length = torch.bincount(batch.answer, minlength=answers + 1)
+    weight = learnt / length[batch.answer]
+    each = F.cross_entropy(logits, batch.target.clamp(min=0), reduction="none")
+    return (each * weight).sum() / answers
+
+
 class _Stream(torch.utils.data.IterableDataset):
-    def __init__(self, tokenizer: Path, tokens: int, hardness: Any, seed: int) -> None:
-        self._arguments = tokenizer, tokens, hardness, seed
+    def __init__(self, tokenizer: Path, tokens: int, hardness: Any, seed: int, lessons: bool) -> None:
+        self._arguments = tokenizer, tokens, hardness, seed, lessons
 
     def __iter__(self) -> Any:
-        torch.set_num_threads(1)
-        tokenizer, tokens, hardness, seed = self._arguments
+        tokenizer, tokens, hardness, seed, lessons = self._arguments
         info = torch.utils.data.get_worker_info()
-        return stream(Encoder(tokenizer), seed * 1000 + (info.id if info else 0), tokens, hardness)
+        if info is not None:
+            torch.set_num_threads(1)
+        return stream(Encoder(tokenizer), seed * 1000 + (info.id if info else 0), tokens, hardness, lessons)
 
 
 class Trainer:
@@ -76,24 +92,30 @@ class Trainer:
         seed: int,
         device: str,
         compiled: bool = False,
+        start: Path | None = None,
+        frozen_tower: bool = False,
     ) -> None:
         torch.manual_seed(seed)
         torch.backends.cuda.matmul.allow_tf32 = True
         self.out, self.device = out, torch.device(device)
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = torch.bfloat16
         self.tokenizer = TEMPLATE / "tokenizer.json"
-        self.model = fresh_model(Encoder(self.tokenizer)).to(self.device)
+        self.model = (fresh_model(Encoder(self.tokenizer)) if start is None else load(start)).to(self.device)
+        self.started = start is not None
         hidden = self.model.config.text_config.hidden_size
         #: Readers of what a picture's token shows and of where it stands; they are not exported.
         self.aux = nn.ModuleList(nn.Linear(hidden, sum(c)) for c in (AUX_CLASSES, PLACE_CLASSES)).to(self.device)
-        self.named = {n: p for n, p in self.model.named_parameters() if n != "lm_head.weight"}
+        if frozen_tower:
+            self.model.model.visual.requires_grad_(False)
+        self.every = {n: p for n, p in self.model.named_parameters() if n != "lm_head.weight"}
+        self.named = {n: p for n, p in self.every.items() if p.requires_grad}
         matrices = [p for p in self.named.values() if p.ndim >= 2]
         vectors = [p for p in self.named.values() if p.ndim < 2]
         groups = [
             {"params": [*matrices, *(r.weight for r in self.aux)], "weight_decay": 0.05},
             {"params": [*vectors, *(r.bias for r in self.aux)], "weight_decay": 0.0},
         ]
-        self.parameters = [*matrices, *vectors, *self.aux.parameters()]
+        self.parameters = [*matrices, *vectors, *(() if self.started else self.aux.parameters())]
         cuda = self.device.type == "cuda"
         first = torch.tensor(rate, device=self.device) if cuda else rate
         self.optimizer = torch.optim.AdamW(groups, lr=first, betas=(0.9, 0.97), fused=cuda, capturable=cuda)
@@ -143,11 +165,7 @@ class Trainer:
 
     def weights(self) -> tuple[Weights, Weights]:
         """Vision tower's and language model's parameters in the compute dtype, the embedding as it is."""
-        cast = {name: p if "embed_tokens" in name else p.to(self.dtype) for name, p in self.named.items()}
-        parts = []
-        for prefix in ("model.visual.", "model.language_model."):
-            parts.append({n.removeprefix(prefix): p for n, p in cast.items() if n.startswith(prefix)})
-        return parts[0], parts[1]
+        return parts(self.every, self.dtype)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Of the answers, and of the auxiliary readers while the model is young: what is in each cell, from the vision
@@ -155,9 +173,11 @@ class Trainer:
         states: else these grow, and later layers cannot write over them.)"""
         vision, language = self.weights()
         seen = forward(self.model.config, vision, language, batch, self.sprites, blocks=self.blocks)
-        loss = F.cross_entropy(seen.logits, batch.target)
         learnt = batch.target >= 0
         self.right += torch.stack((((seen.logits.argmax(-1) == batch.target) & learnt).sum(), learnt.sum()))
+        if self.started:
+            return by_answer(seen.logits, batch)
+        loss = F.cross_entropy(seen.logits, batch.target)
         truth = torch.cat([aux.flatten(0, 1) for aux in batch.aux]).long().unbind(1)
         classes = AUX_CLASSES, PLACE_CLASSES
         for reader, states, sizes, weight in zip(
@@ -171,7 +191,7 @@ class Trainer:
     def run(self, max_steps: int, validate: int, say: Any = print, seconds: float = math.inf) -> None:
         """Until the time is over, or after ``max_steps`` more steps or ``seconds``; the next run goes on.
         ``validate``: questions per family and size."""
-        data = _Stream(self.tokenizer, self.tokens, self.hardness, self.seed + self.step)
+        data = _Stream(self.tokenizer, self.tokens, self.hardness, self.seed + self.step, not self.started)
         more = {"prefetch_factor": 4, "multiprocessing_context": "spawn"} if self.workers else {}
         batches = iter(
             torch.utils.data.DataLoader(
@@ -182,7 +202,7 @@ class Trainer:
         self.schedule.started = saved = time.monotonic()
         last = self.step + max_steps
         while self.schedule.progress < 1 and self.step < last and time.monotonic() - self.schedule.started < seconds:
-            self.hardness.value = min(1.0, 2.5 * self.schedule.progress)
+            self.hardness.value = 1.0 if self.started else min(1.0, 2.5 * self.schedule.progress)
             self._set_rates()
             batch, first = (first if first is not None else next(batches)), None
             loss = self.one_step(batch)
@@ -253,6 +273,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10**9, help="stop after so many")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so many; the same command goes on")
     parser.add_argument("--validate", type=int, default=24, help="questions per family and size")
+    parser.add_argument("--start", type=Path, help="checkpoint folder to go on from")
+    parser.add_argument("--frozen-tower", action="store_true", help="the vision tower stays as it is")
     parser.add_argument("--compile", action="store_true", help="fuse the layers with torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
@@ -266,6 +288,8 @@ def main() -> None:
         seed=a.seed,
         device=a.device,
         compiled=a.compile,
+        start=a.start,
+        frozen_tower=a.frozen_tower,
     )
     count = sum(p.numel() for p in trainer.named.values())
     print(f"{count / 1e6:.2f} M parameters{', resumed' if trainer.resume() else ''}", flush=True)

@@ -57,6 +57,9 @@ def serve(
     plan: Annotated[
         str, typer.Option(help="default recompute plan: guarded, none, uniform:5, pyramid:..., file:plan.json")
     ] = "guarded",
+    donors: Annotated[
+        str, typer.Option(help="whose image KV is shared: first (request), canonical or background")
+    ] = "first",
     api_keys: Annotated[
         Path | None, typer.Option(help="file with what `vlcache-dist api-key` prints; without one: loopback only")
     ] = None,
@@ -67,7 +70,7 @@ def serve(
     settings = _settings(
         config,
         model={"model": model, "device": device, "dtype": dtype},
-        engine={"reuse": reuse, "plan": plan, "tensor_parallel": tensor_parallel},
+        engine={"reuse": reuse, "plan": plan, "donors": donors, "tensor_parallel": tensor_parallel},
         serve={
             "host": host,
             "port": port,
@@ -427,8 +430,8 @@ def status(
     for worker in report["workers"]:
         table.add_row(*_status_row(worker))
     Console().print(table)
-    if drift := [row for worker in report["workers"] for row in _drift_rows(worker)]:
-        table = Table("worker", "prompts", "reuse is", "compared", "first token agrees", "KL", "missed alarms")
+    if drift := _drift_rows(report["workers"]):
+        table = Table("prompts, all workers", "reuse is", "compared", "first token agrees", "KL", "missed alarms")
         for row in drift:
             table.add_row(*row)
         Console().print(table)
@@ -451,13 +454,21 @@ def _status_row(worker: dict[str, Any]) -> list[str]:
     ]
 
 
-def _drift_rows(worker: dict[str, Any]) -> list[list[str]]:
-    """What the guard of a prefill worker knows, per format of prompts."""
+def _drift_rows(workers: list[dict[str, Any]]) -> list[list[str]]:
+    """What the guard knows per format of prompts: the common books, as the worker has them that has heard most; and how
+    many workers act on that level."""
+    books: dict[str, list[dict[str, Any]]] = {}
+    for worker in workers:
+        for name, about in worker.get("guard", {}).get("formats", {}).items():
+            books.setdefault(name, []).append(about)
     rows = []
-    for name, about in worker.get("guard", {}).get("formats", {}).items():
+    for name, copies in sorted(books.items()):
+        about = max(copies, key=lambda copy: copy["shadows"])
         agrees, kl = (f"{about['agreement']:.1%}", f"{about['kl']:.4f}") if about["shadows"] else ("-", "-")
+        at_level = sum(copy["level"] == about["level"] for copy in copies)
+        level = about["level"] if at_level == len(copies) else f"{about['level']} ({at_level} of {len(copies)})"
         compared = f"{about['shadows']} of {about['requests']}"
-        rows.append([worker["name"], name, about["level"], compared, agrees, kl, str(about["missed_alarms"])])
+        rows.append([name, level, compared, agrees, kl, str(about["missed_alarms"])])
     return rows
 
 

@@ -92,6 +92,12 @@ class EngineSettings(_Section):
         description="default recompute plan: guarded (probes that are watched), none, uniform:5, pyramid:..., "
         "file:plan.json",
     )
+    donors: Literal["first", "canonical", "background"] = Field(
+        default="first",
+        description="whose image KV is kept for others. first: of the request that shows a picture first; canonical: "
+        "of the picture behind the default system prompt, computed before its first use; background: the same, "
+        "computed when the engine is idle, so that a first use is not slower and a second one may reuse",
+    )
     guard_budget: float = Field(
         default=0.02,
         ge=0,

@@ -111,7 +111,7 @@ DRIFT_KL = _gauge("drift_kl", "Mean KL of first tokens against full runs, nats",
 DRIFT_AGREEMENT = _gauge("drift_agreement", "Share of first tokens that agree with full runs", "count", "format")
 SHADOW_RUNS = _counter("shadow_runs", "Approximate requests compared with full runs", "count", "format")
 MISSED_ALARMS = _counter("missed_alarms", "Compared requests that were harmed without an alarm", "count", "format")
-GUARD_TRIPS = _counter("guard_trips", "Times the guard became more careful", "count", "format")
+GUARD_TRIPS = _counter("guard_trips", "Times the guard of a worker became more careful", "count", "format")
 SHADOW_SECONDS = _counter("shadow_seconds", "Engine time of full runs for comparison", "seconds")
 HANDOFF_BYTES = _counter("handoff_bytes", "Bytes that decode workers read to take sequences over", "bytes")
 WORKER: tuple[Metric, ...] = tuple(
@@ -212,9 +212,11 @@ _DRIFT = (
     (GUARD_LEVEL, "level_number"),
     (DRIFT_KL, "kl"),
     (DRIFT_AGREEMENT, "agreement"),
+)
+_OWN_DRIFT = (  # sums over workers: what each has seen itself
     (SHADOW_RUNS, "shadows"),
     (MISSED_ALARMS, "missed_alarms"),
-    (GUARD_TRIPS, "trips"),
+    (GUARD_TRIPS, "rises"),
 )
 
 
@@ -258,6 +260,7 @@ def _figures(status: Mapping[str, Any], load: Mapping[str, Any]) -> Iterator[tup
             plain.append((SHADOW_SECONDS, guard, "shadow_s", 1))
             for name, about in guard["formats"].items():
                 yield from ((metric, about[key], {"format": name}) for metric, key in _DRIFT)
+                yield from ((metric, about["own"][key], {"format": name}) for metric, key in _OWN_DRIFT)
         yield from ((SEQUENCES, engine[how], {"outcome": how}) for how in ("finished", "aborted", "failed"))
         yield from ((PREFIX_HIT_TOKENS, engine[f"{kind}_hit_tokens"], {"cache": kind}) for kind in ("exact", "approx"))
     yield from ((metric, source[key] * scale, {}) for metric, source, key, scale in plain if key in source)

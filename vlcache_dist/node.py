@@ -332,6 +332,16 @@ class Node(FrontNode):
         (state,) = await self._directory.lookup([key])
         return state
 
+    # -- the guard's books --------------------------------------------------------------------------------------
+
+    @property
+    def heartbeat_s(self) -> float:
+        return self._directory.heartbeat_s
+
+    async def share_books(self, message: wire.ShareBooks) -> wire.SharedBooks | None:
+        """Tell the common books, and hear from them; None if nobody keeps them now."""
+        return await self._directory.share_books(message)
+
     # -- single flight ------------------------------------------------------------------------------------------
 
     async def claim(self, kind: ObjectKind, key: ContentKey) -> wire.ClaimReply:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from vlcache_dist.kv.layout import KVLayout
+from vlcache_dist.reuse.books import Observation, Standing
 from vlcache_dist.transfer.base import PeerInfo
 from vlcache_dist.types import (
     ContentKey,
@@ -202,6 +203,25 @@ class Awaited(Message, frozen=True):
     holders: tuple[Holder, ...]  #: empty: the claim ended without an object, or time is up
 
 
+class ShareBooks(Message, frozen=True):
+    """A prefill worker's guard to the common books of its model (``scope``: fingerprint), every heartbeat. ``epoch``:
+    of the shard that it heard last; ``copies`` go to a new one. ``known``: rank per format."""
+
+    worker_id: WorkerId
+    scope: str
+    epoch: str
+    known: dict[str, tuple[int, int]]
+    news: tuple[Observation, ...]
+    copies: tuple[Standing, ...] = ()
+
+
+class SharedBooks(Message, frozen=True):
+    """What the worker did not know. Another ``epoch`` than it named: nothing was counted, tell again with copies."""
+
+    epoch: str
+    standings: tuple[Standing, ...]
+
+
 # -- any worker with a store ------------------------------------------------------------------------------------
 
 
@@ -353,15 +373,26 @@ class Handoff(msgspec.Struct, frozen=True):
     staging: Lease | None  #: None: colocated, handed over by reference
 
 
+class DonorContext(msgspec.Struct, frozen=True):
+    """The context in which a picture's KV is computed for others: token ids ``before`` it and ``after`` it (at least
+    one). ``ahead``: before the request that shows it is answered, else when there is time."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    ahead: bool
+
+
 class Prefill(Message, frozen=True):
     """Compute a prompt's KV and its first token. Streams one ``Prefilled``; a colocated worker
     goes on with ``Tokens``. ``hints``: what the ingress, which had to ask for the sake of placement, heard from the
-    directory; a hint that proves stale costs one more look-up."""
+    directory; a hint that proves stale costs one more look-up. ``donor``: the only context that KV is recorded in;
+    None: the request's own."""
 
     generation: Generation
     source: MediaSource
     timeout_s: float
     hints: tuple[KeyState, ...] = ()
+    donor: DonorContext | None = None
 
 
 class Prefilled(Message, frozen=True):
@@ -414,6 +445,7 @@ REPLIES: dict[type[Message], type[Message]] = {
     Claim: ClaimReply,
     Unclaim: Ok,
     Await: Awaited,
+    ShareBooks: SharedBooks,
     Hello: HelloReply,
     Acquire: Lease,
     Renew: Lease,

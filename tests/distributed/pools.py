@@ -154,6 +154,12 @@ class Pools:
         await worker.start()
         return worker
 
+    async def restart_directory(self) -> None:
+        """At the same address, with nothing left of its state."""
+        await self.directory.close()
+        self.directory = DirectoryServer(expiry_s=2.0)
+        await self.directory.start(int(self._address.rpartition(":")[2]))
+
     @property
     def workers(self) -> list[Any]:
         return [*self.encoders, *self.prefills, *self.decodes]

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from pools import Answer, Pools, picture
 
+from vlcache_dist.reuse.books import Shadow
+from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.types import ReuseMode
 
 pytestmark = pytest.mark.asyncio
@@ -86,4 +88,49 @@ async def test_a_harmful_pattern_is_remembered() -> None:
         assert whys[2][1] == "remembered"
         other = await second_of_two(pools, 54, 55, plan=WATCHED, tenant="somebody else")
         assert "remembered" not in [image["why"] for image in other.images]
+        await pools.drained()
+
+
+def levels(pools: Pools, format_: str) -> list[str]:
+    return [p.shadows.status()["formats"].get(format_, {}).get("level", "") for p in pools.prefills]
+
+
+async def test_workers_keep_common_books() -> None:
+    """Requests take turns at two workers. What is seen at one counts at both; a worker that is started again, and a
+    directory that lost everything, take up the level; clean runs, half of them at each, lead back."""
+    name = "2 pictures"
+    seeds = [(20, 21), (22, 23), (24, 25), (26, 27), (28, 29), (30, 31), (32, 33), (34, 35)]
+    async with Pools(prefills=2, guard_budget=0.02, guard_sampling=1.0, serve={"placement": "round-robin"}) as pools:
+        for a, b in seeds:
+            await second_of_two(pools, b, a, reuse=ReuseMode.EXACT, max_tokens=1)
+        for a, b in seeds:
+            for _ in range(2):  # one at each
+                await second_of_two(pools, a, b, plan="none", max_tokens=1)
+            await pools.until(lambda: not any(p.shadows.status()["pending"] for p in pools.prefills))
+            if "off" in levels(pools, name):
+                break
+        await pools.until(lambda: levels(pools, name) == ["off", "off"], seconds=10)
+
+        def agree() -> bool:
+            books = [p.shadows.status()["formats"][name] for p in pools.prefills]
+            seen = [b["own"]["shadows"] for b in books]
+            return all(seen) and all(b["shadows"] == sum(seen) and b["workers"] == 2 for b in books)
+
+        await pools.until(agree, seconds=10)
+
+        await pools.prefills.pop().close()
+        pools.prefills.append(await pools.start_worker("prefill", 1))
+        assert levels(pools, name) == ["off", "off"], "before its first request"
+
+        await pools.restart_directory()
+        await pools.until(lambda: pools.directory.guard_books.stats() != {}, seconds=10)
+        (kept,) = pools.directory.guard_books.stats().values()
+        assert kept[name] == "off"
+
+        while levels(pools, name) == ["off", "off"]:  # 65 clean runs are enough, more if trials at off were harmed
+            for worker in pools.prefills:
+                for _ in range(20):
+                    worker.shadows.guard.observe(name, Plan.parse("none"), Shadow(0.0, True, True))
+            await pools.until(lambda: not any(p.shadows.status()["untold"] for p in pools.prefills), seconds=10)
+        await pools.until(lambda: levels(pools, name) == ["strengthened"] * 2, seconds=10)
         await pools.drained()

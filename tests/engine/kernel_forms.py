@@ -1,7 +1,7 @@
 """Which compiled forms of the Triton kernels serving uses, found without a GPU: a program of its own, because kernels
 must be decorated for compiling, not for Triton's interpreter. Prints how many forms warm-up makes and which it does
-not, as JSON; with ``--cold`` there is no warm-up. With ``--compile`` it compiles one form of each kernel for a Hopper
-GPU instead, which needs none, and prints what came out.
+not, as JSON; with ``--cold`` there is no warm-up, with ``--tuned`` launches are as a measurement may choose them. With
+``--compile`` it compiles one form of each kernel for a Hopper GPU instead, which needs none, and prints what came out.
 
 Launches are recorded instead of run: the key under which Triton keeps a compiled kernel follows from types, alignment,
 divisibility and compile-time constants of the arguments, and from nothing else.
@@ -32,7 +32,7 @@ from vlcache_dist.engine.graphs import padded_logits, padding
 from vlcache_dist.engine.lazy import Traffic
 from vlcache_dist.engine.runner import Runner
 from vlcache_dist.kernels import backends
-from vlcache_dist.kernels.gpu import attention, checksum, device, extents, gemv, packed, pointwise, rope
+from vlcache_dist.kernels.gpu import attention, checksum, device, extents, gemv, packed, pointwise, rope, swiglu, tuned
 from vlcache_dist.kv.arena import Arena
 from vlcache_dist.kv.layout import KVLayout
 from vlcache_dist.model.weights import BUNDLED, Checkpoint
@@ -42,6 +42,9 @@ HOPPER = GPUTarget("cuda", 90, 32)
 BLOCK, BLOCKS, LAYERS = 128, 24, 3
 TRAFFIC = Traffic(max_rows=2304, max_batch=8, max_keys=2048, decodes=True)
 Forms = dict[str, set[str]]
+FUSED = {"block_m": 64, "block_n": 64, "block_k": 64, "warps": 4, "stages": 3, "persistent": True}
+EARLY = {"block_m": 16, "block_n": 64, "warps": 4, "stages": 3, "tma": True, "pdl": True, "early": True}
+TUNED = tuned.Choices(EARLY, {(256, 192): (100, FUSED), (320, 128): (300, FUSED)})
 
 
 class Recorder:
@@ -51,7 +54,7 @@ class Recorder:
         self.forms: Forms = defaultdict(set)
         self._backend = make_backend(HOPPER)
         self._last: dict[str, Callable[[], CompiledKernel]] = {}
-        for module in (attention, checksum, extents, gemv, packed, pointwise, rope):
+        for module in (attention, checksum, extents, gemv, packed, pointwise, rope, swiglu):
             for function in vars(module).values():
                 if isinstance(function, JITFunction):
                     binder = create_function_from_signature(function.signature, function.params, self._backend)
@@ -165,6 +168,8 @@ def slots_of(values: np.ndarray) -> torch.Tensor:
 def main() -> None:
     site = Site()
     pretend_hopper()
+    if "--tuned" in sys.argv:
+        tuned.choices = lambda tensor: TUNED
     recorder = Recorder()
     if "--cold" not in sys.argv:
         site.runner.expect(TRAFFIC)

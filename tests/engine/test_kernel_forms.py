@@ -29,9 +29,15 @@ def test_warm_up_compiles_every_form_that_traffic_needs() -> None:
     assert len(forms("--cold")["late"]) >= 8, "without a warm-up, traffic does compile"
 
 
+def test_warm_up_compiles_what_a_measurement_has_chosen() -> None:
+    warm = forms("--tuned")
+    assert warm["late"] == {} and warm["ahead"]["_swiglu_kernel"] == 2, "the language model's and the tower's"
+    assert "_swiglu_kernel" in forms("--tuned", "--cold")["late"]
+
+
 def test_every_kernel_compiles_for_hopper() -> None:
     """To machine code, without a GPU; long queries use the matrix units and the bulk copy engine."""
-    compiled = forms("--compile")
-    assert len(compiled) == 11 and all(kernel["bytes"] > 1000 for kernel in compiled.values())
-    for name in ("_segment_kernel", "_packed_kernel"):
+    compiled = forms("--compile", "--tuned")
+    assert len(compiled) == 12 and all(kernel["bytes"] > 1000 for kernel in compiled.values())
+    for name in ("_segment_kernel", "_packed_kernel", "_swiglu_kernel"):
         assert compiled[name]["wgmma"] > 0 and compiled[name]["tma"] > 0

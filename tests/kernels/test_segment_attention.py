@@ -47,6 +47,23 @@ def test_triton(device, segments, splits, block_m, block_n, block_size, tma, gen
         assert error(got[: len(want)], want) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("block_n", "block_size"), [(16, 16), (16, 32)])
+def test_triton_settled_keys(device, splits, block_n, block_size, generator):
+    """A first block of keys that is read early counts once, whichever blocks a split has; unused slots are poison."""
+    for dtype in _dtypes(device)[1:]:
+        dim = 64 if device == "cuda" else 16
+        segments = [(1, 100), (2, 49), (1, 16), (1, 17), (1, 1)]
+        case = paged(segments, 6, 2, dim, block_size, dtype, device, generator, extra_rows=1)
+        for pages in (case.k_pages, case.v_pages):
+            pages[0].nan_to_num_(0.0)  # where a program without keys looks
+        config = AttentionConfig(16, block_n, 4, 2, True, False, splits, early=True)
+        want = case.want()
+        for settled in (True, False):
+            got = gpu.segment_attention(*case.args(), settled=settled, config=config)
+            assert error(got[: len(want)], want) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("head_dim", [20, 64])
 @pytest.mark.parametrize("block_size", [8, 32])
 def test_triton_default_config_and_odd_sizes(device, head_dim, block_size, generator):

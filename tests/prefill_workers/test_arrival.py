@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from vlcache_dist import wire
 from vlcache_dist.errors import ObjectGone
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.prefill_workers.arrival import Arrival, Incoming
+from vlcache_dist.prefill_workers.resolver import SpanResolver
 from vlcache_dist.types import ObjectKind
 
 GROUPS = (0, 2, 4)
@@ -95,3 +97,54 @@ async def test_rows_that_failed_are_not_there(before: bool) -> None:
     assert "revoke" in site.told and not [told for told in site.told if told[0] == "admit" or told == ("arrived", 4)]
     await site.arrival.close()
     assert [e.kind for e in site.let_go] == [ObjectKind.KV]
+
+
+async def test_what_comes_after_all_is_let_go_even_if_closing_is_cancelled() -> None:
+    """A fetch that has ended, and one whose transport is still busy when it is called off."""
+    site = Site()
+    late: asyncio.Future[Extent] = asyncio.get_running_loop().create_future()
+
+    async def stubborn(on_group: Any, on_extent: Any) -> Extent:
+        while not late.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(late)
+        return late.result()
+
+    site.arrival.kv = Incoming(stubborn, site.let_go.append)
+    await asyncio.sleep(0)
+    site.ends[ObjectKind.EMBEDDING].set_result(extent(2, ObjectKind.EMBEDDING))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(site.arrival.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    late.set_result(extent(1, ObjectKind.KV))
+    await asyncio.sleep(0.01)
+    assert {e.kind for e in site.let_go} == {ObjectKind.KV, ObjectKind.EMBEDDING} and len(site.let_go) == 2
+    await site.arrival.close()
+    assert len(site.let_go) == 2
+
+
+async def test_a_request_that_ends_before_its_arrival_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that is cancelled before its first step runs none of its clean-up."""
+    site = Site()
+    resolver = object.__new__(SpanResolver)
+    resolver._heading, resolver._ahead, resolver._open = None, {}, set()
+    gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def place(index: int, tried: set[bytes]) -> Arrival:
+        await gate
+        return site.arrival
+
+    monkeypatch.setattr(resolver, "_place", place)
+    running = asyncio.create_task(resolver.run([0]))
+    await asyncio.sleep(0)
+    for kind, end in site.ends.items():
+        end.set_result(extent(1, kind))
+    gate.set_result(None)
+    asyncio.get_running_loop().call_soon(running.cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await asyncio.sleep(0.01)
+    assert {e.kind for e in site.let_go} == {ObjectKind.KV, ObjectKind.EMBEDDING} and not site.told

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from vlcache_dist.reuse.books import MAX_FORMATS, Shadow
 from vlcache_dist.reuse.evidence import HarmDetector, HealthEvidence, wilson_upper
-from vlcache_dist.reuse.guard import BURST_S, MAX_FORMATS, Guard, Shadow
+from vlcache_dist.reuse.guard import BURST_S, Guard
 from vlcache_dist.reuse.ladder import Level, always_alarmed, first_step, plan_at
 from vlcache_dist.reuse.plan import Plan
 

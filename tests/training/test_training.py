@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from training.batches import CELL_FIELDS, Encoder, cells, collate, positions, shapes, stream, validation
 from training.export import MAX_BYTES, TEMPLATE, export, fresh_model
 from training.network import MEAN, STD, atlas, forward, paint
+from training.shrink import Neurons, dialogues, parts, shrink
 from training.tasks import TRAIN_SEEDS, VALIDATION_SEEDS, WEIGHTS, Draw, dense, families, sample
 from training.train import Trainer
 from vlcache_dist.demo.pictures import paint as paint_scene
@@ -136,9 +139,61 @@ def test_a_few_steps_learn_something_resume_and_export(tmp_path: Path) -> None:
     from vlcache_dist.model.weights import Checkpoint
 
     checkpoint = Checkpoint.open(str(tmp_path / "best"), None)
-    assert checkpoint.config.text.num_layers == 8
+    assert checkpoint.config.text.num_layers == 10
     checkpoint.load_language_model("cpu", torch.float32)
     checkpoint.load_vision_tower("cpu", torch.float32)
+
+
+def test_shrinking_keeps_what_is_needed(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the MLPs' neurons write little. If they are copies of others they are not missed, since these write
+    their part as well; if they are not, they are."""
+    monkeypatch.setattr("training.shrink.BATCHES", 3)
+    torch.manual_seed(4)
+    config = copy.deepcopy(fresh_model(encoder).config)
+    config.text_config.update({"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "intermediate_size": 64})
+    config.vision_config.update({"depth": 2, "fullatt_block_indexes": [1], "intermediate_size": 64})
+    student = type(fresh_model(encoder))(config).float()
+    wide = copy.deepcopy(config)
+    wide.text_config.intermediate_size = wide.vision_config.intermediate_size = 128
+    teacher = type(student)(wide).float()
+    batch, sprites = next(stream(encoder, 9, 600, 0.0)), atlas()
+
+    def said(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            named = dict(model.named_parameters())
+            return forward(config, *parts(named, torch.float32), batch, sprites, noise=False).logits
+
+    with torch.no_grad():
+        for name, p in teacher.named_parameters():
+            if ".mlp." in name and "merger" not in name:
+                p.normal_(0, 0.3)
+                if name.endswith("down_proj.weight"):
+                    p[:, 64:] *= 0.003
+    lost: list[list[float]] = []
+    for copied in (False, True):
+        if copied:
+            for name, p in teacher.named_parameters():
+                if ".mlp." in name and "merger" not in name and not name.endswith("down_proj.bias"):
+                    p.data = p.data[:64].repeat(2, *[1] * (p.ndim - 1)) if "down" not in name else p.data
+        neurons = Neurons(teacher)
+        neurons.watch(batch, sprites)
+        lost.append([neurons.kept(name, 64)[3] for name in neurons.down])
+        shrink(teacher, student, dialogues(encoder, 600, 3), lambda text: None)
+        assert (said(student) - said(teacher)).abs().max() < 0.2 * said(teacher).abs().max()
+    assert len(lost[0]) == 4 and sorted(lost[1])[2] < min(lost[0]) / 100, lost
+
+
+def test_a_start_goes_on_from_a_checkpoint(tmp_path: Path, encoder: Encoder) -> None:
+    """With a frozen tower only the language model changes, and what it could say is not forgotten at once."""
+    torch.manual_seed(3)
+    export(fresh_model(encoder), tmp_path / "start")
+    options = {"seconds": 3600.0, "rate": 3e-3, "tokens": 256, "workers": 0, "seed": 1, "device": "cpu"}
+    trainer = Trainer(tmp_path, start=tmp_path / "start", frozen_tower=True, **options)
+    before = {n: p.clone() for n, p in trainer.every.items()}
+    trainer.sizes = [(4, 4)]
+    trainer.run(2, 1, lambda text: None)
+    changed = {n for n, p in trainer.every.items() if not torch.equal(p, before[n])}
+    assert changed and not [n for n in changed if "visual" in n]
 
 
 def test_batches_have_few_shapes_of_all_sizes(encoder: Encoder) -> None:

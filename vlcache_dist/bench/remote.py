@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -39,10 +40,17 @@ from vlcache_dist.rpc import Call
 from vlcache_dist.transfer.fetch import FetchLimits
 from vlcache_dist.types import KVSource, MediaSpan, ObjectKind, ReuseMode, Role, SamplingParams
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 TEXT_TOKENS = 64
 WARM_UP = 4
+ATTEMPTS = 4
 TIMEOUT_S = 120.0
 NO_MEDIA = wire.MediaSource("tcp://127.0.0.1:9", "nobody")
+
+
+class Elsewhere(Exception):
+    """A request's KV did not come from where it should."""
 
 
 class BenchWorker:
@@ -65,7 +73,7 @@ class BenchWorker:
         self._name = name
         self._language = random_models(self.config, self.device, getattr(torch, dtype))[0]
         self._rng = np.random.default_rng(sum(name.encode()))
-        self._requests = 0
+        self._requests = self._elsewhere = 0
         self._limit = max(self.config.text.max_position_embeddings, max_vision_tokens + 2048)
 
     async def start(self, directory: str, limits: dict[str, Any]) -> str:
@@ -125,9 +133,10 @@ class BenchWorker:
         for kind in (ObjectKind.KV, ObjectKind.EMBEDDING):
             while not await self.worker.node.holders(kind, key):  # noqa: ASYNC110 - the announcement is on its way
                 await asyncio.sleep(0.01)
+        self._elsewhere = 0
         remote = await self._repeat(span, plan, KVSource.REMOTE, runs)
         before: EngineStats = self.worker.engine.stats()
-        trace = await self._traced(span, plan)
+        trace = await self._until_there(lambda: self._traced(span, plan))
         after: EngineStats = self.worker.engine.stats()
         fetch = [await self._fetch_ms(span) for _ in range(WARM_UP + runs)][WARM_UP:]
         await self._bring(span)
@@ -145,34 +154,51 @@ class BenchWorker:
             "streamed": after.spans_streamed > before.spans_streamed,
             "hidden": hidden_share(trace),
             "trace": trace,
+            "fell_back": self._elsewhere,
             "all": {"local_ms": local, "remote_ms": remote + again, "fetch_ms": fetch},
         }
 
     async def same_token(self, key: bytes, tokens: int, plan: str) -> bool:
         """The same request twice, from the holder's KV as it arrives and from the own copy: the same tokens?"""
-        span = _span(key, tokens, 0)
+        return await self._until_there(lambda: self._same_token(_span(key, tokens, 0), plan))
+
+    async def _same_token(self, span: MediaSpan, plan: str) -> bool:
         answers = []
         for source in (KVSource.REMOTE, KVSource.LOCAL):
             if source is KVSource.REMOTE:
-                self._drop(key)
+                self._drop(span.key)
             self.worker.engine.pool.drop_contents()
             self._rng = np.random.default_rng(1)
             answers.append((await self._first_token(span, plan, source))[0])
             if source is KVSource.REMOTE:
                 await self._bring(span)
-        self._drop(key)
+        self._drop(span.key)
         return answers[0] == answers[1]
 
     async def _repeat(self, span: MediaSpan, plan: str, source: KVSource, runs: int) -> list[float]:
-        took = []
-        for _ in range(WARM_UP + runs):
+        async def once() -> float:
             if source is KVSource.REMOTE:
                 self._drop(span.key)
-            took.append((await self._first_token(span, plan, source))[1])
+            return (await self._first_token(span, plan, source))[1]
+
+        took: list[float] = []
+        for _ in range(WARM_UP + runs):
+            took.append(await self._until_there(once))
             if len(took) <= WARM_UP:
                 await self.worker._bridge.call(_use_idle_time)
             await asyncio.sleep(0.002)
         return took[WARM_UP:]
+
+    async def _until_there(self, measure: Callable[[], Awaitable[T]]) -> T:
+        """``measure``, again if the KV did not come from where it should (a deadline was missed: it is one of the
+        things that happen on a busy machine). How often is reported. Raises Elsewhere if it never does."""
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return await measure()
+            except Elsewhere as error:
+                log.warning("%s: measured again", error)
+                self._elsewhere += 1
+        return await measure()
 
     async def _fetch_ms(self, span: MediaSpan) -> float:
         self._drop(span.key)
@@ -218,8 +244,8 @@ class BenchWorker:
         )
 
     async def _ask(self, generation: wire.Generation, source: KVSource) -> tuple[int, float]:
-        """Run one request: its first token and the milliseconds until then. RuntimeError if its KV came from elsewhere
-        than ``source``."""
+        """Run one request: its first token and the milliseconds until then. Raises Elsewhere if its KV is not from
+        ``source``."""
         started = time.perf_counter()
         states = await self.worker.node.lookup([span.key for span in generation.spans])
         message = wire.Prefill(generation, NO_MEDIA, TIMEOUT_S, tuple(states))
@@ -230,7 +256,7 @@ class BenchWorker:
             took = (time.perf_counter() - started) * 1e3
         assert isinstance(reply, wire.Prefilled)
         if reply.reports[0].source is not source:
-            raise RuntimeError(f"KV came from {reply.reports[0].source}, not {source}")
+            raise Elsewhere(f"KV came from {reply.reports[0].source}, not {source}")
         return reply.token_id, took
 
     # -- what overlaps with what ----------------------------------------------------------------------------------

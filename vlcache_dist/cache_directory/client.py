@@ -184,6 +184,18 @@ class DirectoryClient:
         reply = await self._ask(self._shard(key), wire.Await(key, kind, timeout_s), timeout_s + CALL_TIMEOUT_S)
         return reply.holders if isinstance(reply, wire.Awaited) else ()
 
+    # -- the guard's books --------------------------------------------------------------------------------------
+
+    @property
+    def heartbeat_s(self) -> float:
+        """As the directory asked for."""
+        return self._heartbeat_s
+
+    async def share_books(self, message: wire.ShareBooks) -> wire.SharedBooks | None:
+        """The first shard keeps them all; None if it does not answer."""
+        reply = await self._ask(self._shards[0], message)
+        return reply if isinstance(reply, wire.SharedBooks) else None
+
     # -- members ------------------------------------------------------------------------------------------------
 
     def members(self) -> tuple[wire.Member, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from vlcache_dist import wire
+from vlcache_dist.cache_directory.guard_books import GuardBooks
 from vlcache_dist.cache_directory.state import DirectoryState, Name
 from vlcache_dist.rpc import Call, Handler, RpcServer
 
@@ -29,6 +30,7 @@ class DirectoryServer:
 
     def __init__(self, host: str = "127.0.0.1", *, heartbeat_s: float = 0.5, expiry_s: float = 3.0) -> None:
         self.state = DirectoryState(uuid.uuid4().hex, expiry_s=expiry_s)
+        self.guard_books = GuardBooks(self.state.epoch)
         self._heartbeat_s = heartbeat_s
         self._waiters: dict[Name, _Waiters] = {}
         self._timer: asyncio.Task[None] | None = None
@@ -44,6 +46,7 @@ class DirectoryServer:
             wire.Claim: self._claim,
             wire.Unclaim: self._unclaim,
             wire.Await: self._await,
+            wire.ShareBooks: self._share_books,
             wire.Status: self._status,
         }
         for kind, handler in handlers.items():
@@ -130,5 +133,9 @@ class DirectoryServer:
                     del self._waiters[name]
         return wire.Awaited(self.state.holders(name))
 
+    async def _share_books(self, message: wire.ShareBooks, call: Call) -> wire.SharedBooks:
+        return self.guard_books.share(message)
+
     async def _status(self, message: wire.Status, call: Call) -> wire.StatusReply:
-        return wire.StatusReply({**self.state.stats(), "waited_for": len(self._waiters)})
+        status = {**self.state.stats(), "waited_for": len(self._waiters), "guard": self.guard_books.stats()}
+        return wire.StatusReply(status)

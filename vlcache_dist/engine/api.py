@@ -23,6 +23,7 @@ class Mode(enum.StrEnum):
 
     GENERATE = "generate"  #: prefill and decode
     PREFILL = "prefill"  #: up to the first token; then the sequence is parked for ``export`` until ``release``
+    RECORD = "record"  #: as GENERATE, for the sake of what is recorded: it takes no part in prefix caching
     DECODE = "decode"  #: starts from KV that another engine computed (``import_sequence``)
 
 

@@ -39,7 +39,7 @@ class SpanWork:
         if self.depths is None:
             self.runs = ((self.start, self.end, ALL_LAYERS),)
             return
-        edges = (np.flatnonzero(np.diff(self.depths)) + 1).tolist()
+        edges = (np.flatnonzero(self.depths[1:] != self.depths[:-1]) + 1).tolist()
         bounds = [0, *edges, self.length]
         self.runs = tuple((self.start + a, self.start + b, int(self.depths[a])) for a, b in pairwise(bounds))
 
@@ -176,10 +176,8 @@ def build_step(chunks: Sequence[ChunkWork], *, num_layers: int, block_size: int,
         row = end
 
     # Rows and segments of depth > l, for every layer l: both are sorted by depth, deepest first.
-    layers = np.arange(num_layers)
-    row_depth = np.repeat(depths, lengths)
-    rows_deeper = num_rows - np.searchsorted(row_depth[::-1], np.arange(num_layers + 1), side="right")
-    segs_deeper = len(runs) - np.searchsorted(depths[::-1], layers + 1, side="right")
+    deeper = len(runs) - depths[::-1].searchsorted(np.arange(num_layers + 1), side="right")
+    rows_deeper, segs_deeper = cu_q[deeper], deeper[1:]
     longest = np.concatenate(([0], np.maximum.accumulate(lengths)))
     src, tokens, scatter_slots, scatter_positions = _scatter(chunks, chunk_slots, num_layers, kv_row)
     return StepBatch(
@@ -201,9 +199,9 @@ def build_step(chunks: Sequence[ChunkWork], *, num_layers: int, block_size: int,
         num_samples=sum(chunk.sample for chunk in chunks),
         far_rows=int(cu_q[far_segs]),
         far_segs=far_segs,
-        row_chunk=np.repeat(table[:, 2], lengths),
+        row_chunk=table[:, 2].repeat(lengths),
         row_position=np.arange(num_rows, dtype=np.int32) + np.repeat(starts - cu_q[:-1], lengths),
-        row_depth=row_depth,
+        row_depth=depths.repeat(lengths),
         scatter_src=src,
         scatter_tokens=tokens,
         scatter_slots=scatter_slots,

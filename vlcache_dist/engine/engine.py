@@ -521,7 +521,7 @@ class Engine:
         return -(-sequence.capacity // self.config.block_size)
 
     def _chain(self, generation: Generation, tokens: np.ndarray, mode: Mode) -> BlockChain | None:
-        if mode is Mode.DECODE or generation.reuse is ReuseMode.OFF:
+        if mode in (Mode.DECODE, Mode.RECORD) or generation.reuse is ReuseMode.OFF:
             return None
         return BlockChain(
             tokens,

@@ -190,6 +190,7 @@ def padded_input(
         near_max_kv=shape.near_max_kv,
         num_samples=shape.samples,
         any_record=shape.recording,
+        settled=shape.samples == shape.rows and not shape.scatter,
     )
     x = F.embedding(batch.token_ids, model.embed_tokens)
     encoded = arena.unfold(0, x.shape[1], 1)[step["embed_offset"]].to(x.dtype)

@@ -35,6 +35,7 @@ def compile_ahead(model: LanguageModel, pages: torch.Tensor, arena: torch.Tensor
     if not kernels.uses_triton(pages):
         return
     kernels.compile_attention(model.config.num_heads, pages[0, 0], pages[0, 1])
+    kernels.compile_swiglu(model.layers[0].gate_up)
     layers = model.config.num_layers
     for shape in eager_shapes(traffic.max_rows):
         inputs = padding(shape, pages)

@@ -243,7 +243,7 @@ class Sequence:
             )
             if source.canary is not None and self.watch_from is None and len(self.probes(index)):
                 self.watch_from = index
-            if (source.depths < self.num_layers).any():
+            if source.depths.min() < self.num_layers:
                 # From the span's start on, although leading tokens may be recomputed in full: the prefix caches name
                 # blocks by what their spans reuse.
                 variant = source.kv.variant

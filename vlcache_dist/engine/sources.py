@@ -52,7 +52,7 @@ class SourceBook:
                 raise ValueError(f"{where}: groups {source.groups} are no edges of {self._layout.num_layers} layers")
             if source.depths.shape != (span.length,) or source.depths.max() > self._layout.num_layers:
                 raise ValueError(f"{where}: depths {source.depths.shape} do not fit {span.length} tokens")
-            recomputed = np.flatnonzero(source.depths)
+            recomputed = np.flatnonzero(source.depths > 0)  # of a mask: many times as fast as of integers
             rows = int(recomputed[-1]) + 1 if len(recomputed) else 0
             if source.canary is not None:
                 rows = span.length

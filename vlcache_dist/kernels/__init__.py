@@ -13,6 +13,7 @@ from vlcache_dist.kernels.backends import compile_attention, segment_attention, 
 from vlcache_dist.kernels.dispatch import enable_triton, uses_triton
 from vlcache_dist.kernels.ops import (
     add_rms_norm,
+    compile_swiglu,
     gather_extent,
     linear,
     pack_rows,
@@ -30,6 +31,7 @@ from vlcache_dist.kernels.ops import (
 __all__ = [
     "add_rms_norm",
     "compile_attention",
+    "compile_swiglu",
     "enable_triton",
     "gather_extent",
     "linear",

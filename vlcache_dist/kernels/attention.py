@@ -26,6 +26,7 @@ def segment_attention_reference(
     max_kv: int,
     scale: float,
     out: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> torch.Tensor:
     """Causal attention of S segments over paged keys, bottom-right aligned.
 
@@ -33,7 +34,8 @@ def segment_attention_reference(
     Segment s owns rows [cu_q[s], cu_q[s+1]) and sees keys [0, kv_len[s]) of block_table[s]; its row i sees keys
     j <= kv_len[s] - q_len[s] + i. Returns [R, Hq, D] in q's dtype; rows at or past cu_q[S] are zero here and
     unspecified on other backends. max_q and max_kv bound the segments and are not read here. ``out``
-    [R, Hq, D], contiguous: where the result goes, and what is returned.
+    [R, Hq, D], contiguous: where the result goes, and what is returned. ``settled``: of a segment's keys only the last
+    q_len may be written by kernels that are still under way when this one is launched; not read here.
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     out.zero_()

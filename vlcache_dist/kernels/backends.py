@@ -51,6 +51,7 @@ class AttentionBackend(Protocol):
     def segment_attention(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, cu_q: torch.Tensor, kv_len: torch.Tensor,
         block_table: torch.Tensor, max_q: int, max_kv: int, scale: float, out: torch.Tensor | None = None,
+        settled: bool = False,
     ) -> torch.Tensor: ...  # fmt: skip
 
     def varlen_attention(
@@ -97,11 +98,14 @@ class Auto:
     def segment_attention(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, cu_q: torch.Tensor, kv_len: torch.Tensor,
         block_table: torch.Tensor, max_q: int, max_kv: int, scale: float, out: torch.Tensor | None = None,
+        settled: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         tiles = q.shape[0] * q.shape[1] / _FLASH_TILE
         fits = k_pages.shape[1] % self.many.page_multiple == 0
         chosen = self.many if fits and max_q >= _FLASH_TILE and tiles >= self._enough_tiles else self.few
-        return chosen.segment_attention(q, k_pages, v_pages, cu_q, kv_len, block_table, max_q, max_kv, scale, out)
+        return chosen.segment_attention(
+            q, k_pages, v_pages, cu_q, kv_len, block_table, max_q, max_kv, scale, out, settled
+        )
 
     def varlen_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, max_len: int, scale: float,
@@ -215,11 +219,12 @@ def compile_attention(heads: int, k_pages: torch.Tensor, v_pages: torch.Tensor) 
 def segment_attention(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, cu_q: torch.Tensor, kv_len: torch.Tensor,
     block_table: torch.Tensor, max_q: int, max_kv: int, scale: float, out: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention of segments over paged keys by the active backend. Pages must be finite everywhere, because some
     backends read (and mask) what lies past a segment's keys. See ``attention.segment_attention_reference``."""
     backend = _active(q)
-    return backend.segment_attention(q, k_pages, v_pages, cu_q, kv_len, block_table, max_q, max_kv, scale, out)
+    return backend.segment_attention(q, k_pages, v_pages, cu_q, kv_len, block_table, max_q, max_kv, scale, out, settled)
 
 
 def varlen_attention(

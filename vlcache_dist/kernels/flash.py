@@ -44,6 +44,7 @@ class FlashAttention2(_Varlen):
     def segment_attention(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, cu_q: torch.Tensor, kv_len: torch.Tensor,
         block_table: torch.Tensor, max_q: int, max_kv: int, scale: float, out: torch.Tensor | None = None,
+        settled: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         cu_k = torch.nn.functional.pad(kv_len.cumsum(0, dtype=torch.int32), (1, 0))
         return _first(
@@ -70,6 +71,7 @@ class FlashAttention3(_Varlen):
     def segment_attention(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, cu_q: torch.Tensor, kv_len: torch.Tensor,
         block_table: torch.Tensor, max_q: int, max_kv: int, scale: float, out: torch.Tensor | None = None,
+        settled: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         return _first(
             self._cached(
@@ -94,6 +96,7 @@ class FlashAttention4:
     def segment_attention(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, cu_q: torch.Tensor, kv_len: torch.Tensor,
         block_table: torch.Tensor, max_q: int, max_kv: int, scale: float, out: torch.Tensor | None = None,
+        settled: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         return _first(
             self._varlen(

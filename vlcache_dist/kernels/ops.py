@@ -148,13 +148,26 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return products.linear_reference(x, weight, bias)
 
 
-def swiglu(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """x [R, C] through the gated half of an MLP: -> [R, I]. See ``linear.swiglu_reference``."""
-    if _one_row(x):
-        from vlcache_dist.kernels.gpu import gemv as gpu
+def swiglu(x: torch.Tensor, gate_up: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [R, C] through the gated half of an MLP: -> [R, I]. One launch for one row, and where that was measured to be
+    ahead of the library's product. See ``linear.swiglu_reference``."""
+    if uses_triton(x):
+        from vlcache_dist.kernels.gpu import gemv
+        from vlcache_dist.kernels.gpu import swiglu as gpu
 
-        return gpu.gated_gemv(x, gate_up)
-    return silu_mul(products.linear_reference(x, gate_up))
+        if bias is None and _one_row(x):
+            return gemv.gated_gemv(x, gate_up)
+        if (config := gpu.chosen(x, gate_up)) is not None:
+            return gpu.swiglu(x, gate_up, bias, config)
+    return silu_mul(products.linear_reference(x, gate_up, bias))
+
+
+def compile_swiglu(gate_up: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Compile what ``swiglu`` of many rows through this weight needs, if it is ours."""
+    if uses_triton(gate_up):
+        from vlcache_dist.kernels.gpu import swiglu as gpu
+
+        gpu.compile_ahead(gate_up, bias)
 
 
 def _one_row(x: torch.Tensor) -> bool:

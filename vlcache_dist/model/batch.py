@@ -67,6 +67,7 @@ class ForwardBatch:
     near_max_kv: int
     num_samples: int  # rows [:num_samples] are sampled, in the order of the step's sequences
     any_record: bool
+    settled: bool  # a row of each sequence, nothing scattered: every other key was written by an earlier pass
 
     @classmethod
     def from_step(cls, step: StepBatch, device: torch.device | str) -> ForwardBatch:
@@ -124,6 +125,7 @@ class ForwardBatch:
             near_max_kv=int(step.kv_len[step.far_segs :].max(initial=0)),
             num_samples=step.num_samples,
             any_record=bool((step.record_base >= 0).any()),
+            settled=bool(step.num_samples == len(step.token_ids) and not len(step.scatter_src)),
         )
 
 

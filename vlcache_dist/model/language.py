@@ -200,7 +200,9 @@ class LanguageModel:
         scale, kv_len, table = self.config.head_dim**-0.5, batch.kv_len[:segs], batch.block_table[:segs]
         if rows <= far:
             cu, max_q = batch.cu_q[: segs + 1], batch.max_q[n]
-            return kernels.segment_attention(q, k_pages, v_pages, cu, kv_len, table, max_q, batch.max_kv, scale)
+            return kernels.segment_attention(
+                q, k_pages, v_pages, cu, kv_len, table, max_q, batch.max_kv, scale, None, batch.settled
+            )
         out = torch.empty_like(q)
         kernels.segment_attention(
             q[:far], k_pages, v_pages, batch.cu_q[: first + 1], kv_len[:first], table[:first],

@@ -136,6 +136,7 @@ class VisionTower:
         """Compile and load every kernel, and capture graphs for ``graph_s`` seconds, before somebody waits."""
         if not kernels.uses_triton(self.patch_embed):
             return
+        kernels.compile_swiglu(self.blocks[0].gate_up, self.blocks[0].gate_up_bias)
         merge = self.config.spatial_merge_size
         for frames, side in WARM_UP:
             grid = (frames, side * merge, side * merge)
@@ -170,12 +171,14 @@ class VisionTower:
         x = F.linear(patches, self.patch_embed)
         x = x.view(len(order), -1)[order].view(len(x), -1)
         cos, sin = self._rotary(row_column)
+        pending: torch.Tensor | None = None  # the previous block's MLP output, not yet added to x
         for n, block in enumerate(self.blocks):
             if n in self.config.full_attention_blocks:
-                x = self._block(x, block, cos, sin, frames, longest_frame)
+                x, pending = self._block(x, pending, block, cos, sin, frames, longest_frame)
             else:
-                x = self._block(x, block, cos, sin, windows, longest_window)
-        x = kernels.rms_norm(x, self.merger_norm, _EPS).view(len(order), -1)
+                x, pending = self._block(x, pending, block, cos, sin, windows, longest_window)
+        x, _ = self._add_norm(x, pending, self.merger_norm)
+        x = x.view(len(order), -1)
         return F.linear(F.gelu(F.linear(x, self.merger_in, self.merger_in_bias)), self.merger_out, self.merger_out_bias)
 
     def _rotary(self, row_column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,10 +187,26 @@ class VisionTower:
         angle = torch.cat([axis.float()[:, None] * self.frequency for axis in row_column], -1)
         return angle.cos(), angle.sin()
 
+    def _add_norm(
+        self, x: torch.Tensor, pending: torch.Tensor | None, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of x + pending, x + pending)."""
+        if pending is None:
+            return kernels.rms_norm(x, weight, _EPS), x
+        return kernels.add_rms_norm(pending, x, weight, _EPS)
+
     def _block(
-        self, x: torch.Tensor, block: VisionBlock, cos: torch.Tensor, sin: torch.Tensor, cu: torch.Tensor, longest: int
-    ) -> torch.Tensor:
-        h = kernels.rms_norm(x, block.norm1, _EPS)
+        self,
+        x: torch.Tensor,
+        pending: torch.Tensor | None,
+        block: VisionBlock,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cu: torch.Tensor,
+        longest: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + pending through the block: residual [N, C], and the MLP's output that is still to be added to it."""
+        h, x = self._add_norm(x, pending, block.norm1)
         heads = self.config.num_heads
         qkv = F.linear(h, block.qkv, block.qkv_bias).view(len(x), 3 * heads, -1)
         q, k = kernels.rotate(qkv[:, : 2 * heads], cos, sin).split(heads, 1)
@@ -195,5 +214,4 @@ class VisionTower:
         attended = kernels.varlen_attention(q, k, v, cu, longest)
         h = F.linear(attended.reshape(len(x), -1), block.proj, block.proj_bias)
         h, x = kernels.add_rms_norm(h, x, block.norm2, _EPS)
-        h = kernels.silu_mul(F.linear(h, block.gate_up, block.gate_up_bias))
-        return x + F.linear(h, block.down, block.down_bias)
+        return x, F.linear(kernels.swiglu(h, block.gate_up, block.gate_up_bias), block.down, block.down_bias)

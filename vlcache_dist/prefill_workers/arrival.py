@@ -17,7 +17,8 @@ Fetch = Callable[[OnGroup, OnExtent], Coroutine[Any, Any, Extent | None]]
 
 class Incoming:
     """One fetch, seen while it runs. ``extent``: where the bytes are going; ``layers``: how many of them are there (of
-    encoder output: none, or all). ``close`` must come in any case: what was fetched and nobody took is let go there."""
+    encoder output: none, or all). ``drop`` or ``close`` must come in any case: what was fetched and nobody took is let
+    go there."""
 
     def __init__(self, fetch: Fetch, let_go: Callable[[Extent], None]) -> None:
         self.extent: Extent | None = None
@@ -25,7 +26,7 @@ class Incoming:
         self.told: Callable[[], None] | None = None  #: called whenever more has landed
         self._let_go = let_go
         self._begun = asyncio.Event()
-        self._taken = False
+        self._taken = self._dropped = False
         self._task = asyncio.create_task(fetch(self._group, self._begin))
 
     @property
@@ -49,14 +50,30 @@ class Incoming:
         """What ``valid`` returned is the caller's now, or is not after all."""
         self._taken = taken
 
-    async def close(self) -> None:
-        """Idempotent."""
+    def drop(self) -> None:
+        """End the fetch, and let go of what it brought unless that was taken. Idempotent. Waits for nothing, so that no
+        cancellation can come between."""
         self.told = None
+        if self._dropped:
+            return
+        self._dropped = True
         self._task.cancel()
-        (outcome,) = await asyncio.gather(self._task, return_exceptions=True)
-        if isinstance(outcome, Extent) and not self._taken:
-            self._taken = True
-            self._let_go(outcome)
+        if self._task.done():
+            self._over(self._task)
+        else:
+            self._task.add_done_callback(self._over)
+
+    async def close(self) -> None:
+        """``drop``, and until the fetch is over."""
+        self.drop()
+        await asyncio.wait({self._task})
+
+    def _over(self, task: asyncio.Task[Extent | None]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            return
+        extent = task.result()
+        if extent is not None and not self._taken:
+            self._let_go(extent)
 
     def _begin(self, extent: Extent) -> None:
         self.extent = extent
@@ -112,8 +129,14 @@ class Arrival:
             raise
         return None
 
+    def drop(self) -> None:
+        """As ``Incoming.drop``, of both."""
+        self.kv.drop()
+        self.rows.drop()
+
     async def close(self) -> None:
-        """Idempotent."""
+        """``drop``, and until both fetches are over."""
+        self.drop()
         await self.kv.close()
         await self.rows.close()
 

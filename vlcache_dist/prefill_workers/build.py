@@ -12,5 +12,6 @@ from vlcache_dist.types import Role
 def build_prefill(settings: Settings, site: Site, transport: TransportFactory = nixl_transport) -> PrefillWorker:
     """The language model, paged KV and a store for image KV; without a decode pool, a worker that decodes as well."""
     role = Role.PREFILL if settings.serve.decodes else Role.COLOCATED
-    guard = Guard(settings.engine.guard_budget, settings.engine.guard_sampling)
-    return PrefillWorker(*make_language_worker(settings, site, role, transport), guard)
+    node, engine = make_language_worker(settings, site, role, transport)
+    guard = Guard(settings.engine.guard_budget, settings.engine.guard_sampling, owner=node.worker_id)
+    return PrefillWorker(node, engine, guard)

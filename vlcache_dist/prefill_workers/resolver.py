@@ -19,8 +19,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from vlcache_dist import wire
 from vlcache_dist.engine.api import Compute, Reuse
 from vlcache_dist.engine.bridge import OnEngine
@@ -39,6 +37,7 @@ from vlcache_dist.errors import (
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
 from vlcache_dist.prefill_workers.arrival import Arrival, Incoming
+from vlcache_dist.prefill_workers.donors import is_donor
 from vlcache_dist.prefill_workers.production import LocalProduction
 from vlcache_dist.reuse.context import Advice, signature, variant_in
 from vlcache_dist.reuse.plan import Guarded, Plan
@@ -75,6 +74,7 @@ class SpanResolver:
         self._encoders = encoders
         self._generation = message.generation
         self._source = message.source
+        self._donor = message.donor
         self._hints = {state.key: state for state in message.hints}
         self._plan = Plan.parse(message.generation.plan)
         self._deadline = deadline
@@ -99,11 +99,15 @@ class SpanResolver:
 
     async def stop(self) -> None:
         """End what was begun and is not used; nothing is begun afterwards. Idempotent."""
-        if self._heading is not None:
-            self._heading.cancel()
-            await asyncio.gather(self._heading, return_exceptions=True)
-        while self._ahead:
-            _, arrival = self._ahead.popitem()
+        heading, ahead = self._heading, list(self._ahead.values())
+        if heading is not None:
+            heading.cancel()  # it orders without a pause behind its last wait: what it has not ordered, it never will
+        self._ahead.clear()
+        for arrival in ahead:
+            arrival.drop()
+        if heading is not None:
+            await asyncio.gather(heading, return_exceptions=True)
+        for arrival in ahead:
             await arrival.close()
 
     async def _head_start(self) -> None:
@@ -136,17 +140,21 @@ class SpanResolver:
         ends the request."""
         self._open = set(needed)
         following: list[asyncio.Task[None]] = []
+        arrivals: list[Arrival] = []
         try:
             for index in needed:
                 tried: set[bytes] = set()
                 arrival = await self._place(index, tried)
                 if arrival is not None:
+                    arrivals.append(arrival)
                     following.append(asyncio.create_task(self._follow(index, arrival, tried)))
             await self.stop()
             await asyncio.gather(*following)
         finally:
             for task in following:
                 task.cancel()
+            for arrival in arrivals:
+                arrival.drop()  # a task that is cancelled before its first step does not get to that
             await asyncio.gather(*following, return_exceptions=True)
 
     async def _place(self, index: int, tried: set[bytes]) -> Arrival | None:
@@ -222,7 +230,9 @@ class SpanResolver:
         reusable = approx and not self._plan.is_full(span.length, self._node.layout.num_layers)
         if reusable and (found := await self._from_stores(index, span, tried)) is not None:
             return found  # without another word to the engine: the bytes may be on their way
-        allowed = await self._on_engine(lambda engine: engine.recordable(self._generation.request_id, index))
+        allowed = self._is_donor(index) and await self._on_engine(
+            lambda engine: engine.recordable(self._generation.request_id, index)
+        )
         if not reusable:
             record = self._record_extent(index, span) if allowed and await self._claim(span.key) else None
             return await self._compute(span, record), None
@@ -235,6 +245,10 @@ class SpanResolver:
                 return await self._compute(span, None), None
             if (found := await self._from_stores(index, span, tried)) is not None:
                 return found
+
+    def _is_donor(self, index: int) -> bool:
+        """Whether others may have this request's KV of span ``index``."""
+        return self._donor is None or is_donor(self._donor, self._generation, index)
 
     async def _compute(self, span: MediaSpan, record: Extent | None, *, remembered: bool = False) -> Compute:
         try:
@@ -312,7 +326,7 @@ class SpanResolver:
         else:
             arrival = self._order(span, holder)
         kv, rows = arrival.kv, arrival.rows
-        streamed = False
+        streamed = whole = False
         try:
             await kv.begun()
             if kv.extent is not None:
@@ -335,20 +349,21 @@ class SpanResolver:
                 rows.take()
             if not streamed:
                 kv.take()
+                whole = True
                 return self._reuse(span, extent, embedding, advice, holder.worker_id), None
             source = self._reuse(span, extent, embedding, advice, holder.worker_id)
             return replace(source, groups=arrival.groups, rows_arrive=arriving), arrival
         finally:
-            if not streamed:
+            if not (streamed or whole):  # both fetches are over: to wait here once more could lose what was taken
                 await arrival.close()
 
     async def _rows(self, span: MediaSpan, watch: tuple[OnGroup, OnExtent] | None = None) -> Extent | None:
         """Encoder output of what the plan recomputes, pinned; None if that is nothing. ``watch``: ``_embedding``."""
-        recomputed = np.flatnonzero(self._plan.depths(span.length, self._node.layout.num_layers))
-        if not len(recomputed):
+        if self._plan.is_none(span.length, self._node.layout.num_layers):
             return None
         # A canary may ask for the whole span.
-        rows = span.length if self._plan.canary is not None else int(recomputed[-1]) + 1
+        leading = self._plan.counts(span.length, self._node.layout.num_layers)[0]
+        rows = span.length if self._plan.canary is not None else leading
         return await self._embedding(span, rows, watch)
 
     def _reuse(self, span: MediaSpan, kv: Extent, embedding: Extent | None, advice: Advice, holder: str = "") -> Reuse:

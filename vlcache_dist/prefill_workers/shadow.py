@@ -1,8 +1,8 @@
 """The guard at work: decides over each approximate request, runs shadows when the engine has time, keeps the books.
 
 A shadow is the same prompt computed in full from the encoder's output, for one token, under keys that are nobody else's
-(``reuse=off``: it reads no KV, fills no cache). The pictures' encoder output is pinned when the request ends; where it
-is not at hand any more, the shadow is skipped rather than paid for with another encoding.
+(``reuse=off``: it reads no KV, fills no cache). It waits for its turn and its budget without holding anything; where
+the pictures' encoder output is not at hand any more by then, it is skipped rather than paid for with another encoding.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from vlcache_dist.engine.engine import Engine
 from vlcache_dist.errors import EngineError, VLCacheError
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
+from vlcache_dist.reuse.books import Shadow
 from vlcache_dist.reuse.context import Advice, ContextMemory, prompt_format, recorded_in, signature
 from vlcache_dist.reuse.drift import ALTERNATIVES, first_token_drift
-from vlcache_dist.reuse.guard import Guard, Shadow
+from vlcache_dist.reuse.guard import Guard
 from vlcache_dist.reuse.ladder import Level, always_alarmed, plan_at
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.types import ContentKey, ObjectKind, ReuseMode, SamplingParams, TokenLogprobs, Variant
 from vlcache_dist.wire import Generation, Tokens
 
 log = logging.getLogger(__name__)
-MAX_PENDING = 4  #: their encoder output is pinned
+MAX_PENDING = 4  #: more would wait until their pictures are gone
 POLL_S = 0.05
 PATIENCE_S = 2.0  #: for an idle engine; after it the budget alone decides
 TIMEOUT_S = 60.0
@@ -74,13 +75,12 @@ class Watch:
 @dataclass(slots=True)
 class _Pending:
     watch: Watch
-    embeddings: list[Extent]
     first: TokenLogprobs
     since: float
 
 
 class Shadows:
-    """Belongs to the worker's event loop. ``run`` is to be spawned; what it holds is let go when it is cancelled."""
+    """Belongs to the worker's event loop. ``run`` is to be spawned."""
 
     def __init__(self, node: Node, bridge: EngineBridge, engine: Engine, guard: Guard) -> None:
         self.guard = guard
@@ -143,7 +143,7 @@ class Shadows:
             before = done.discarded[1]
             if before is not None:  # the answer is the full one, and what reuse would have said is known
                 kl, agrees = first_token_drift(token.logprobs, before)
-                self.guard.observe(watch.format, watch.plan, Shadow(kl, agrees, True))
+                self.guard.observe(watch.format, watch.plan, Shadow(kl, agrees, True), watch.level)
                 self._counts["in_line"] += 1
         elif any(report.reused_tokens for report in done.reports) and watch.level is not Level.OFF:
             self._queue(watch, token.logprobs)
@@ -167,32 +167,20 @@ class Shadows:
         if len(self._pending) >= MAX_PENDING:
             self._counts["skipped"] += 1
             return
-        embeddings: list[Extent] = []
-        for span in watch.asked.spans:
-            extent = self._node.store.lookup(ObjectKind.EMBEDDING, span.key, pin=True)
-            if extent is None:
-                self._unpin(embeddings)
-                self._counts["skipped"] += 1
-                return
-            embeddings.append(extent)
-        self._pending.append(_Pending(watch, embeddings, first, time.monotonic()))
+        self._pending.append(_Pending(watch, first, time.monotonic()))
         self._arrived.set()
 
     # -- in the background --------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        try:
-            while True:
-                await self._arrived.wait()
-                self._arrived.clear()
-                while self._pending:
-                    if not self._may_start(self._pending[0]):
-                        await asyncio.sleep(POLL_S)
-                        continue
-                    await self._shadow(self._pending.popleft())
-        finally:
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
             while self._pending:
-                self._unpin(self._pending.popleft().embeddings)
+                if not self._may_start(self._pending[0]):
+                    await asyncio.sleep(POLL_S)
+                    continue
+                await self._shadow(self._pending.popleft())
 
     def _may_start(self, pending: _Pending) -> bool:
         stats = self._engine.stats()
@@ -201,23 +189,38 @@ class Shadows:
 
     async def _shadow(self, pending: _Pending) -> None:
         watch = pending.watch
+        embeddings = self._pinned(watch)
+        if embeddings is None:
+            self._counts["skipped"] += 1
+            return
         try:
-            done, full = await self._full_run(pending)
+            done, full = await self._full_run(watch, embeddings)
         except VLCacheError as error:
             log.warning("the shadow of %s failed: %s", watch.asked.request_id, error)
             self._counts["failed"] += 1
             return
         self.guard.spent(done.compute_s)
         kl, agrees = first_token_drift(full, pending.first)
-        level = self.guard.observe(watch.format, watch.plan, Shadow(kl, agrees, False))
+        level = self.guard.observe(watch.format, watch.plan, Shadow(kl, agrees, False), watch.level)
         self._counts["runs"] += 1
         if level is not watch.level:
             log.warning("reuse in prompts of format %r is %s now", watch.format, level.name.lower())
 
-    async def _full_run(self, pending: _Pending) -> tuple[PrefillDone, TokenLogprobs]:
+    def _pinned(self, watch: Watch) -> list[Extent] | None:
+        """The pictures' encoder output, all of it pinned; None if some is gone."""
+        found: list[Extent] = []
+        for span in watch.asked.spans:
+            extent = self._node.store.lookup(ObjectKind.EMBEDDING, span.key, pin=True)
+            if extent is None:
+                self._unpin(found)
+                return None
+            found.append(extent)
+        return found
+
+    async def _full_run(self, watch: Watch, embeddings: list[Extent]) -> tuple[PrefillDone, TokenLogprobs]:
         """The prompt's first token when everything is computed. The engine takes over the pins as it asks for them."""
-        request_id = f"{pending.watch.asked.request_id}~shadow"
-        generation = self._salted(pending.watch.asked, request_id)
+        request_id = f"{watch.asked.request_id}~shadow"
+        generation = self._salted(watch.asked, request_id)
         queue = self._bridge.open(request_id)
         given = 0
         deadline = asyncio.get_running_loop().time() + TIMEOUT_S
@@ -229,7 +232,7 @@ class Shadows:
                 event = await EngineBridge.next_event(queue, deadline)
                 if isinstance(event, Admitted):
                     for index in event.needed:
-                        source = Compute(pending.embeddings[index])
+                        source = Compute(embeddings[index])
                         given = index + 1
                         try:
                             await asyncio.shield(self._provide(request_id, index, source))
@@ -247,7 +250,7 @@ class Shadows:
             if not finished:
                 await self._node.complete(self._abort(request_id))
             self._bridge.shut(request_id)
-            self._unpin(pending.embeddings[given:])
+            self._unpin(embeddings[given:])
 
     async def _provide(self, request_id: str, index: int, source: Compute) -> None:
         await self._bridge.call(lambda engine: engine.provide(request_id, index, source))

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 import msgspec
@@ -22,6 +22,8 @@ from vlcache_dist.engine.engine import Engine
 from vlcache_dist.engine.warmup import warm_up
 from vlcache_dist.errors import DeadlineExceeded, EngineError, StoreFull, WorkerLost
 from vlcache_dist.node import Node
+from vlcache_dist.prefill_workers.donors import Donors
+from vlcache_dist.prefill_workers.guard_books import GuardBooks
 from vlcache_dist.prefill_workers.production import LocalProduction
 from vlcache_dist.prefill_workers.resolver import SpanResolver
 from vlcache_dist.prefill_workers.shadow import Shadows, Watch
@@ -51,10 +53,13 @@ class PrefillWorker:
         self.engine = engine
         self._bridge = EngineBridge(engine, self._stray, name=f"{node.name}-engine")
         self._production = LocalProduction()
-        self.shadows = Shadows(node, self._bridge, engine, guard or Guard())
+        self.shadows = Shadows(node, self._bridge, engine, guard or Guard(owner=node.worker_id))
+        self._books = GuardBooks(node, self.shadows.guard)
+        self.donors = Donors(node, lambda: engine.stats(), self._record)
         self._resolvers: dict[str, SpanResolver] = {}
         self._parked: dict[str, _Parked] = {}
         self._speed = PassSpeed()
+        self._started = asyncio.Event()
         node.handle(wire.Prefill, self.prefill)
         node.handle(wire.ReleaseHandoff, self.release_handoff)
         node.on_load(self.load)
@@ -65,8 +70,12 @@ class PrefillWorker:
         await asyncio.to_thread(warm_up, self.engine, decodes=self.node.role is Role.COLOCATED)
         self._bridge.start()
         await self.node.start()
+        await self._books.exchange()  # a worker that comes back is as careful as the others
+        self._started.set()
+        self.node.spawn(self._books.run())
         self.node.spawn(self._expire_parked())
         self.node.spawn(self.shadows.run())
+        self.node.spawn(self.donors.run())
 
     async def close(self) -> None:
         await self.node.close()
@@ -94,17 +103,38 @@ class PrefillWorker:
             "parked": len(self._parked),
             "producing": len(self._production),
             "guard": self.shadows.status(),
+            "donors": self.donors.status(),
             "pass_s": self._speed.pass_s,
             "token_s": self._speed.token_s,
         }
 
     async def prefill(self, message: wire.Prefill, call: Call) -> AsyncIterator[wire.Prefilled | wire.Tokens]:
         """Handler of ``wire.Prefill``. Leaving it early (cancel, deadline, error) frees everything it held."""
+        started = asyncio.get_running_loop().time()
+        await self._started.wait()
+        if message.donor is not None and message.donor.ahead:
+            await self.donors.ahead(message)
+        mode = Mode.GENERATE if self.node.role is Role.COLOCATED else Mode.PREFILL
+        async with contextlib.aclosing(self._serve(message, mode, started)) as replies:
+            async for reply in replies:
+                if message.donor is not None and isinstance(reply, wire.Prefilled):
+                    self.donors.note(message, reply.reports)
+                yield reply
+
+    async def _record(self, message: wire.Prefill) -> None:
+        """Run a request for the KV that it records."""
+        started = asyncio.get_running_loop().time()
+        async with contextlib.aclosing(self._serve(message, Mode.RECORD, started)) as replies:
+            async for _ in replies:
+                pass
+
+    async def _serve(
+        self, message: wire.Prefill, mode: Mode, started: float
+    ) -> AsyncGenerator[wire.Prefilled | wire.Tokens, None]:
         watch = self.shadows.begin(message.generation)
         generation = watch.generation
         request_id = generation.request_id
         loop = asyncio.get_running_loop()
-        started = loop.time()
         deadline = started + message.timeout_s
         resolver = SpanResolver(
             self.node,
@@ -112,7 +142,7 @@ class PrefillWorker:
             self._bridge.call,
             self.node.encoders,
             msgspec.structs.replace(message, generation=generation),
-            time.monotonic() + message.timeout_s,
+            time.monotonic() + deadline - loop.time(),
             self.shadows.advisor(watch),
         )
         queue = self._bridge.open(request_id)
@@ -120,7 +150,6 @@ class PrefillWorker:
         resolving: asyncio.Task[None] | None = None
         done: PrefillDone | None = None
         finished = False
-        mode = Mode.GENERATE if self.node.role is Role.COLOCATED else Mode.PREFILL
         try:
             if self.engine.stats().waiting == 0:
                 await resolver.head_start()

@@ -16,6 +16,7 @@ assumed beyond each run's harm probability given the past being at most p0. How 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 HEALTHY = 0.005  #: p0, share of harmed requests that is put up with
 HARMED = (0.5, 0.1, 0.03)  #: p1: from a plan that fails to one that is merely too weak
@@ -24,9 +25,15 @@ HARMED = (0.5, 0.1, 0.03)  #: p1: from a plan that fails to one that is merely t
 class HarmDetector:
     """``trips_at``: A. The state never forgets what it has not outgrown: clean runs shrink it towards a small value."""
 
-    def __init__(self, trips_at: float) -> None:
+    def __init__(self, trips_at: float, statistics: Sequence[float] = ()) -> None:
+        """``statistics``: where another one stood."""
         self._trips_at = trips_at
-        self._statistics = [0.0] * len(HARMED)
+        self._statistics = list(statistics) or [0.0] * len(HARMED)
+
+    @property
+    def statistics(self) -> tuple[float, ...]:
+        """One per hypothesis, in the order of ``HARMED``."""
+        return tuple(self._statistics)
 
     @property
     def value(self) -> float:
@@ -49,17 +56,17 @@ class HealthEvidence:
     plan that harms a share of ``unhealthy`` or more passes a first test with probability ``risk`` at most; since the
     evidence against it is bounded, it would pass in the long run, and be found again."""
 
-    def __init__(self, unhealthy: float = 0.05, risk: float = 0.05) -> None:
+    def __init__(self, unhealthy: float = 0.05, risk: float = 0.05, log_ratio: float = 0.0) -> None:
         self._unhealthy = unhealthy
         self._enough = math.log(1 / risk)
-        self._log_ratio = 0.0
+        self.log_ratio = log_ratio
 
     def observe(self, harmed: bool) -> bool:
         """One more run; True once the evidence of health is enough."""
         p0, p1 = HEALTHY, self._unhealthy
         step = math.log(p0 / p1) if harmed else math.log((1 - p0) / (1 - p1))
-        self._log_ratio = max(self._log_ratio + step, -self._enough)  # however bad it was, the way back is bounded
-        return self._log_ratio >= self._enough
+        self.log_ratio = max(self.log_ratio + step, -self._enough)  # however bad it was, the way back is bounded
+        return self.log_ratio >= self._enough
 
 
 def wilson_upper(harmed: int, runs: int, z: float = 1.645) -> float:

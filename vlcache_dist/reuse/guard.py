@@ -6,6 +6,7 @@ careful reuse is, per format of prompts. Pure: no clock, no threads; randomness 
     request ── decide ──> the level in force, and: shadow it? (sampling; boosted while there is suspicion)
     shadow  ── observe ─> drift of its format; enough evidence of harm: one level up; enough of health: one down
     prefill ── worked ──> seconds that the budget is a share of;  ``affords``/``spent``: shadows stay within it
+    others  ── told ────> what is to be told to the common books;  ``take_up``: what they say, own news counted on top
 
 At OFF nothing is approximated, so there is nothing to shadow: sampled requests try reuse in line instead and throw the
 result away before the first token (``ladder.always_alarmed``).
@@ -14,33 +15,23 @@ result away before the first token (``ladder.always_alarmed``).
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from vlcache_dist.reuse.evidence import HarmDetector, HealthEvidence, wilson_upper
+import msgspec
+
+from vlcache_dist.reuse.books import MAX_FORMATS, TRIPS_AT, Book, Observation, Shadow, Standing
 from vlcache_dist.reuse.ladder import Level, first_step
 from vlcache_dist.reuse.plan import Plan
+from vlcache_dist.types import WorkerId
 
-HARMFUL_KL = 0.1  #: nats, of the first token
 SUSPICION = 5e-4  #: of the evidence that trips: from here on a format is sampled more often
 BOOST = 4  #: times the usual sampling, while suspicious or recovering
-MAX_FORMATS = 256
 START_SHARE = 0.02  #: sampled before the costs of shadows are known
 BURST_S = 2.0  #: budget that may be saved up
-
-
-@dataclass(frozen=True, slots=True)
-class Shadow:
-    """An approximate run against the full one. ``alarmed``: the canary called, so the client got the full answer."""
-
-    kl: float
-    agrees: bool
-    alarmed: bool
-
-    @property
-    def harmed(self) -> bool:
-        return not self.agrees or self.kl > HARMFUL_KL
+MAX_NEWS = 1024  #: observations that wait for the common books; older ones are this worker's for good
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,52 +42,36 @@ class Decision:
     sampled: bool
 
 
-@dataclass(slots=True)
-class Drift:
-    """What shadows of a format showed. ``kl``: mean. ``missed_alarms``: harmed although the canary was calm;
-    ``false_alarms``: it called and the first token would have been right. ``harm_at_most``: one-sided 95 % (Wilson), of
-    calm runs at the level in force."""
-
-    requests: int = 0
-    shadows: int = 0
-    kl: float = 0.0
-    agreement: float = 1.0
-    harmed: int = 0
-    missed_alarms: int = 0
-    false_alarms: int = 0
-    trips: int = 0
-    harm_at_most: float = 1.0
-
-
 class _Format:
-    def __init__(self, trips_at: float, threshold: float) -> None:
-        self.level = Level.NORMAL
-        self.drift = Drift()
-        self.detector = HarmDetector(trips_at)
-        self.health = HealthEvidence()
+    """``common``: the books of all workers as last heard; ``book``: with this worker's news on top."""
+
+    def __init__(self, name: str, threshold: float) -> None:
+        self.common = Standing(name)
+        self.book = Book(self.common)
         self.credit, self.threshold = 0.0, threshold
-        self.runs = self.harmed = 0  # calm ones at this level
+        self.untold = 0  # requests
+        self.own = {"shadows": 0, "missed_alarms": 0, "rises": 0}
+
+    def follow(self, book: Book) -> None:
+        """``book`` is in force from now on."""
+        self.own["rises"] += book.level > self.book.level
+        self.book = book
 
 
 class Guard:
-    """One model's. ``budget``: share of prefill time that shadows may take (0: the guard is off). ``sampling``: share
-    of requests that are sampled, instead of what the budget affords. ``false_trip``: the probability with which a
-    healthy format may trip within ``horizon`` shadow runs (``evidence``: a bound, not an estimate)."""
+    """One worker's. ``budget``: share of prefill time that shadows may take (0: the guard is off). ``sampling``: share
+    of requests that are sampled, instead of what the budget affords. ``owner`` names the worker in common books."""
 
     def __init__(
-        self,
-        budget: float = 0.02,
-        sampling: float | None = None,
-        *,
-        false_trip: float = 0.01,
-        horizon: int = 500,
-        seed: int = 0,
+        self, budget: float = 0.02, sampling: float | None = None, *, seed: int = 0, owner: WorkerId = ""
     ) -> None:
         self.budget = budget
+        self.owner = owner
         self._forced = sampling
-        self._trips_at = horizon / false_trip
         self._rng = random.Random(seed)
         self._formats: OrderedDict[str, _Format] = OrderedDict()
+        self._news: deque[Observation] = deque()
+        self._numbered = 0
         self._requests = 0
         self._worked_s = self._spent_s = 0.0
         self._saved_s = BURST_S
@@ -114,15 +89,16 @@ class Guard:
         if not self.active:
             return Decision(Level.NORMAL, False)
         state = self._state(format_)
-        state.drift.requests += 1
+        state.untold += 1
         self._requests += 1
-        careful = state.level > Level.NORMAL or state.detector.value > SUSPICION
+        level = state.book.level
+        careful = level > Level.NORMAL or state.book.detector.value > SUSPICION
         state.credit += min(1.0, self.sampling * (BOOST if careful else 1))
         if state.credit < state.threshold:
-            return Decision(state.level, False)
+            return Decision(level, False)
         # A gap drawn from (0, 2) in units of its mean: periodic traffic cannot hide, and there are no long gaps.
         state.credit, state.threshold = 0.0, 2 * self._rng.random()
-        return Decision(state.level, True)
+        return Decision(level, True)
 
     @property
     def sampling(self) -> float:
@@ -133,47 +109,64 @@ class Guard:
             return START_SHARE
         return min(1.0, self.budget * self._worked_s / self._requests / self._mean_shadow_s)
 
-    def observe(self, format_: str, plan: Plan, shadow: Shadow) -> Level:
-        """What a shadow of a request with ``plan`` (as asked for) showed; returns the format's level from now on."""
+    def observe(self, format_: str, plan: Plan, shadow: Shadow, level: Level | None = None) -> Level:
+        """What a shadow of a request with ``plan`` (as asked for) showed that began at ``level`` (None: the one in
+        force now); returns the format's level from now on."""
         state = self._state(format_)
-        self._note(state, shadow)
-        harmed = shadow.harmed and (not shadow.alarmed or state.level is Level.OFF)
-        state.runs += 1
-        state.harmed += harmed
-        if state.level < Level.OFF and state.detector.observe(harmed):
-            state.drift.trips += 1
-            # From a plan that fails often there is no point in small steps.
-            step = Level(state.level + 1) if state.harmed * 5 < state.runs else Level.OFF
-            self._move(state, min(max(step, first_step(plan)), Level.OFF))
-        elif state.level > Level.NORMAL and state.health.observe(harmed):
-            lower = Level(state.level - 1)
-            self._move(state, lower if lower >= first_step(plan) else Level.NORMAL)
-        state.drift.harm_at_most = wilson_upper(state.harmed, state.runs)
-        return state.level
-
-    def _move(self, state: _Format, level: Level) -> None:
-        state.level = level
-        state.detector.restart()
-        state.health = HealthEvidence()
-        state.runs = state.harmed = 0
-
-    def _note(self, state: _Format, shadow: Shadow) -> None:
-        drift = state.drift
-        drift.shadows += 1
-        drift.kl += (shadow.kl - drift.kl) / drift.shadows
-        drift.agreement += (float(shadow.agrees) - drift.agreement) / drift.shadows
-        drift.harmed += shadow.harmed
-        drift.missed_alarms += shadow.harmed and not shadow.alarmed
-        drift.false_alarms += shadow.alarmed and not shadow.harmed
+        self._numbered += 1
+        at = state.book.level if level is None else level
+        seen = Observation(self._numbered, format_, int(at), int(first_step(plan)), shadow, state.untold)
+        state.untold = 0
+        state.own["shadows"] += 1
+        state.own["missed_alarms"] += shadow.harmed and not shadow.alarmed
+        before = state.book.level
+        state.book.observe(self.owner, seen)
+        state.own["rises"] += state.book.level > before
+        self._news.append(seen)
+        if len(self._news) > MAX_NEWS:
+            oldest = self._news.popleft()
+            base = Book(self._state(oldest.format).common, TRIPS_AT)
+            base.observe(self.owner, oldest)
+            self._state(oldest.format).common = base.standing()
+        return state.book.level
 
     def _state(self, format_: str) -> _Format:
         state = self._formats.get(format_)
         if state is None:
             if len(self._formats) >= MAX_FORMATS:
                 self._formats.popitem(last=False)
-            state = self._formats[format_] = _Format(self._trips_at, self._rng.random())
+            state = self._formats[format_] = _Format(format_, self._rng.random())
         self._formats.move_to_end(format_)
         return state
+
+    # -- the common books ---------------------------------------------------------------------------------------
+
+    @property
+    def news(self) -> tuple[Observation, ...]:
+        """What the common books have not confirmed, oldest first."""
+        return tuple(self._news)
+
+    def common(self) -> tuple[Standing, ...]:
+        """The common books as last heard."""
+        return tuple(state.common for state in self._formats.values())
+
+    def take_up(self, standings: Iterable[Standing]) -> list[tuple[str, Level]]:
+        """What the common books say now. Own news that they have not counted is counted on top. Returns the formats
+        whose level this changed."""
+        changed = []
+        for standing in standings:
+            state = self._state(standing.format)
+            before, book = state.book.level, Book(standing)
+            state.common = standing
+            counted = standing.counted.get(self.owner, 0)
+            self._news = deque(n for n in self._news if n.format != standing.format or n.number > counted)
+            for seen in self._news:
+                if seen.format == standing.format:
+                    book.observe(self.owner, seen)
+            state.follow(book)
+            if state.book.level is not before:
+                changed.append((standing.format, state.book.level))
+        return changed
 
     # -- budget -------------------------------------------------------------------------------------------------
 
@@ -195,13 +188,22 @@ class Guard:
         self._mean_shadow_s += (seconds - self._mean_shadow_s) / min(self._runs, 100)
 
     def status(self) -> dict[str, Any]:
-        """For people: drift and level per format, costs."""
+        """For people: drift and level per format (all workers', and own news; ``own``: what this one compared,
+        and how often it became more careful), own costs."""
         return {
             "sampling": round(self.sampling, 6) if self.active else 0.0,
             "prefill_s": round(self._worked_s, 3),
             "shadow_s": round(self._spent_s, 3),
+            "untold": len(self._news),
             "formats": {
-                name: {"level": state.level.name.lower(), "level_number": int(state.level), **asdict(state.drift)}
+                name: {
+                    "level": state.book.level.name.lower(),
+                    "level_number": int(state.book.level),
+                    "workers": len(state.book.counted),
+                    **msgspec.to_builtins(state.book.drift),
+                    "requests": state.book.drift.requests + state.untold,
+                    "own": dict(state.own),
+                }
                 for name, state in self._formats.items()
             },
         }

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -49,6 +50,7 @@ class Plan(ABC):
     """An immutable recompute plan. Equal plans have equal canonical spellings: ``str(plan)``."""
 
     @staticmethod
+    @lru_cache(maxsize=64)
     def parse(spelling: str) -> Plan:
         """The plan that a spelling names. Raises InvalidPlan, also for ``file:`` (use ``plan_file.resolve_plan``)."""
         if len(spelling) > MAX_SPELLING:
@@ -91,7 +93,11 @@ class Plan(ABC):
     def __str__(self) -> str: ...
 
     def depths(self, num_tokens: int, num_layers: int) -> np.ndarray:
-        """int32 [num_tokens]: in how many layers each token's K and V are recomputed, #{l : counts[l] > i}."""
+        """int32 [num_tokens], read-only: in how many layers each token's K and V are recomputed, #{l : counts[l] > i}.
+        Made once for the plans and sizes that are asked for again and again."""
+        return _depths(self, num_tokens, num_layers)
+
+    def _depths(self, num_tokens: int, num_layers: int) -> np.ndarray:
         ascending = np.array(self.counts(num_tokens, num_layers)[::-1], np.int64)
         below = np.searchsorted(ascending, np.arange(num_tokens), side="right")
         return (num_layers - below).astype(np.int32)
@@ -210,7 +216,7 @@ class Guarded(Plan):
         self.guard.check_layers(num_layers)
         return self.base.counts(num_tokens, num_layers)
 
-    def depths(self, num_tokens: int, num_layers: int) -> np.ndarray:
+    def _depths(self, num_tokens: int, num_layers: int) -> np.ndarray:
         self.guard.check_layers(num_layers)
         return with_probes(self.base.depths(num_tokens, num_layers), self.guard.probes(num_tokens), num_layers)
 
@@ -219,6 +225,13 @@ class Guarded(Plan):
 
     def __str__(self) -> str:
         return str(self.base) if str(self.base) == "full" else f"{self.base}+{self.guard}"
+
+
+@lru_cache(maxsize=64)
+def _depths(plan: Plan, num_tokens: int, num_layers: int) -> np.ndarray:
+    depths = plan._depths(num_tokens, num_layers)
+    depths.setflags(write=False)
+    return depths
 
 
 def _split_minimum(rest: str, spelling: str) -> tuple[str, int]:

@@ -40,6 +40,7 @@ from vlcache_dist.reuse.plan_file import resolve_plan
 from vlcache_dist.rpc import Call, Reply
 from vlcache_dist.serve.chat import AnswerStream, ChatEvent, ChatRequest, Done, provenance
 from vlcache_dist.serve.dispatch import Dispatcher
+from vlcache_dist.serve.donor_context import donor_context
 from vlcache_dist.serve.placement import POLICIES, Costs, Demand, SpanDemand
 from vlcache_dist.types import FinishReason, ReuseMode, Role, SamplingParams, TokenLogprobs, WorkerId
 
@@ -107,6 +108,8 @@ class Frontend:
         self._fetcher = MediaFetcher(settings.media)
         self._media: dict[str, list[MediaItem]] = {}
         self._dispatch = Dispatcher(node.members, costs or Costs(), POLICIES[settings.serve.placement])
+        donors = settings.engine.donors
+        self._donor = None if donors == "first" else donor_context(prompts, ahead=donors == "canonical")
         self._default_plan = str(resolve_plan(settings.engine.plan, model=layout.model, num_layers=layout.num_layers))
         node.handle(wire.GetMedia, self._get_media)
 
@@ -278,7 +281,9 @@ class Frontend:
             raise WorkerLost("no decode worker is alive")
         member, choice = self._dispatch.choose_prefill(self._demand(answer), answer.request.prefill_worker, answer.lost)
         answer.prefill_worker, answer.why = member.info.name, choice.why
-        message = wire.Prefill(self._generation(answer), self._source(answer), answer.remaining(), self._hints(answer))
+        message = wire.Prefill(
+            self._generation(answer), self._source(answer), answer.remaining(), self._hints(answer), self._donor
+        )
         heard = False
         try:
             with ExitStack() as counted:

@@ -25,9 +25,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vlcache_dist.kernels.gpu import device, packed
+from vlcache_dist.kernels.gpu import device, packed, tuned
 
 LOG2E = 1.4426950408889634
+TUNED_DIM, TUNED_BLOCK = 128, 128  #: head_dim and pages for which launches are tuned (``benchmarks/tune.py``)
 _FEW_ROWS = 32
 _SEGMENTS = (64, 1024, 16384)  # classes of segment counts
 _SPLITS = (4, 16, 64)  # classes of split counts; the last is the most there are
@@ -39,7 +40,8 @@ class AttentionConfig:
     """How the kernel is launched. ``splits`` None: chosen from the grid; ``tma``: keys by the bulk copy engine
     (needs pages that are a multiple of block_n, and a head_dim that is a power of two). ``pdl``: programmatic dependent
     launch, by which a program starts and looks up its pages while the previous kernel of the stream still runs.
-    ``per_sm``: programs that a multiprocessor holds at once."""
+    ``per_sm``: programs that a multiprocessor holds at once. ``early`` (needs tma): where keys are settled, a program
+    asks for its first block of them before it waits for the previous kernel."""
 
     block_m: int
     block_n: int
@@ -49,6 +51,7 @@ class AttentionConfig:
     pdl: bool
     splits: int | None = None
     per_sm: int = 2
+    early: bool = False
 
 
 @triton.jit
@@ -118,7 +121,7 @@ def _segment_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr, ONE_TILE: tl.constexpr,
     SPLIT: tl.constexpr, MIN_BLOCKS: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     RATIO: tl.constexpr = HEADS // KV_HEADS
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles see the most keys: they start first
@@ -166,6 +169,10 @@ def _segment_kernel(
     page = 0
     if PAGED and BLOCK_SIZE % BLOCK_N == 0:
         page = tl.load(table + lo // BLOCK_SIZE, mask=lo < hi, other=0)
+    if EARLY:
+        early_k = k_src.load([page * BLOCK_SIZE + lo % BLOCK_SIZE, kv_head * D])
+        early_v = v_src.load([page * BLOCK_SIZE + lo % BLOCK_SIZE, kv_head * D])
+        second_page = tl.load(table + (lo + BLOCK_N) // BLOCK_SIZE, mask=lo + BLOCK_N < hi, other=0)
     if PDL:  # lengths and block tables are older than the previous kernel; queries and keys are not
         gdc_wait()
 
@@ -183,6 +190,15 @@ def _segment_kernel(
     m = tl.full([BLOCK_M], _NO_KEYS, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if EARLY:
+        if lo + BLOCK_N <= tl.minimum(hi, keys - queries):  # else it holds keys that the previous kernel may write
+            s = tl.dot(q, tl.trans(early_k), input_precision=PRECISION)
+            m = tl.max(s, 1) * scale_log2
+            p = tl.exp2(s * scale_log2 - m[:, None])
+            l = tl.sum(p, 1)
+            acc = tl.dot(p.to(early_v.dtype), early_v, acc, input_precision=PRECISION)
+            lo = lo + BLOCK_N
+            page = second_page
     middle = tl.maximum(tl.minimum(clear_end, hi), lo)
     acc, m, l, page = _tile(
         acc, m, l, page, q, k_src, v_src, table, base, kv_head, lo, middle, hi, limit, keys, scale_log2, kv_row,
@@ -243,6 +259,16 @@ def default_config(dtype: torch.dtype, head_dim: int, rows: int, block_size: int
     return AttentionConfig(16 if few else 64, 64, 4, 3 if hopper else 2, tma, hopper)
 
 
+def _config(tensor: torch.Tensor, rows: int, block_size: int) -> AttentionConfig:
+    """What was fastest on this device if that was measured (``kernels.gpu.tuned``), ``default_config`` otherwise."""
+    dim = tensor.shape[-1]
+    default = default_config(tensor.dtype, dim, rows, block_size, device.is_hopper_or_later(tensor))
+    if not (default.tma and default.block_m == 16 and dim == TUNED_DIM and block_size % TUNED_BLOCK == 0):
+        return default
+    found = tuned.choices(tensor).attention
+    return default if found is None else AttentionConfig(**found)
+
+
 def size_class(count: int, classes: Sequence[int]) -> int:
     """The least of ``classes`` that holds ``count``; beyond them, the next power of two."""
     return next((size for size in classes if size >= count), triton.next_power_of_2(count))
@@ -265,7 +291,7 @@ def choose_splits(tiles: int, blocks: int, processors: int, per_processor: int, 
 def _launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, kv_len: torch.Tensor, table: torch.Tensor,
     max_q: int, max_kv: int, scale: float, causal: bool, block_size: int, kv_heads: int,
-    config: AttentionConfig | None, out: torch.Tensor | None = None,
+    config: AttentionConfig | None, out: torch.Tensor | None = None, settled: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     num_rows, heads, dim = q.shape
     segments = len(cu) - 1
@@ -277,7 +303,7 @@ def _launch(
         q = q.contiguous()
     ratio = heads // kv_heads
     paged = block_size > 0
-    c = config or default_config(q.dtype, dim, max_q * ratio, block_size, device.is_hopper_or_later(q))
+    c = config or _config(q, max_q * ratio, block_size)
     one_tile = max_q * ratio <= c.block_m
     longest = -(-max_q * ratio // c.block_m)
     tiles = segments * longest if min(segments, longest) == 1 else num_rows * ratio // c.block_m + segments
@@ -305,7 +331,7 @@ def _launch(
         HEADS=heads, KV_HEADS=kv_heads, D=dim, BLOCK_D=block_d, BLOCK_SIZE=max(1, block_size),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, SEGMENTS=1 if one_tile else size_class(segments, _SEGMENTS),
         ONE_TILE=one_tile, SPLIT=splits > 1, MIN_BLOCKS=min_blocks, CAUSAL=causal, PAGED=paged, TMA=c.tma,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PDL=c.pdl,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", PDL=c.pdl, EARLY=c.early and c.tma and settled,
         num_warps=c.warps, num_stages=c.stages, **launch,
     )  # fmt: skip
     if splits > 1:
@@ -328,6 +354,7 @@ def segment_attention(
     max_kv: int,
     scale: float,
     out: torch.Tensor | None = None,
+    settled: bool = False,
     *,
     config: AttentionConfig | None = None,
 ) -> torch.Tensor:
@@ -351,6 +378,7 @@ def segment_attention(
         kv_heads,
         config,
         out,
+        settled,
     )
 
 
@@ -358,19 +386,20 @@ def compile_ahead(heads: int, k_pages: torch.Tensor, v_pages: torch.Tensor) -> N
     """Compile, for ``heads`` query heads over pages of this kind, every form of ``segment_attention`` with its default
     launches; what is launched for it finds empty segments."""
     block_size, kv_heads, dim = k_pages.shape[1:]
-    hopper, ratio = device.is_hopper_or_later(k_pages), heads // kv_heads
+    ratio = heads // kv_heads
     q = torch.zeros((_FEW_ROWS + 1, heads, dim), dtype=k_pages.dtype, device=k_pages.device)
     cu = torch.zeros(_SEGMENTS[-1] + 1, dtype=torch.int32, device=k_pages.device)
 
     def launch(rows: int, segments: int, max_q: int, splits: int) -> None:
-        config = replace(default_config(q.dtype, dim, max_q * ratio, block_size, hopper), splits=splits)
+        config = replace(_config(q, max_q * ratio, block_size), splits=splits)
         table = cu[:segments, None]
-        _launch(
-            q[:rows], k_pages, v_pages, cu[: segments + 1], cu[:segments], table, max_q, block_size, 1.0, True,
-            block_size, kv_heads, config,
-        )  # fmt: skip
+        for settled in (False, True)[: 1 + config.early]:
+            _launch(
+                q[:rows], k_pages, v_pages, cu[: segments + 1], cu[:segments], table, max_q, block_size, 1.0, True,
+                block_size, kv_heads, config, None, settled,
+            )  # fmt: skip
 
-    tile = default_config(q.dtype, dim, 1 << 20, block_size, hopper).block_m
+    tile = _config(q, 1 << 20, block_size).block_m
     forms = [(1, 1), (max(1, tile // ratio), 1), *((tile + 1, segments) for segments in _SEGMENTS)]
     for max_q, segments in forms:
         for splits in (1, 2):
