@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def _line(part: Part) -> str:
-    needs = f"{part.gpus} GPU{'s' * (part.gpus > 1)}" + "".join(f", {name}" for name in part.modules)
+    needs = f"{part.gpus} GPU{'s' * (part.gpus > 1)}" + "".join(f", {name}" for name in (*part.modules, *part.programs))
     return f"{part.name:22} {part.limit_s:4.0f} s at most, {needs:14} -> {part.file}"
 
 

@@ -7,8 +7,10 @@
 From the plan's spelling to the token's event: plan, admission, sources, scheduling, layout of rows, and filling a
 graph's inputs. The pass is left out: ``Runner.launch`` pads the step into a graph's arrays, as it does before a replay,
 and returns a token. On a GPU this time is exposed, except for what ``sequence.offer`` does while the device computes
-(``hidden_ms``). Weights play no part, so shapes are tiny ones with the layers of 7B. Medians; with ``--against`` the
-trees take turns in short processes, so that both see the same machine, and the ratio is the median over turns.
+(``hidden_ms``).
+
+Weights play no part, so shapes are tiny ones with the layers of 7B. Medians; with ``--against`` the trees take turns in
+short processes, so that both see the same machine, and the ratio is the median over turns.
 """
 
 from __future__ import annotations

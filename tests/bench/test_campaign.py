@@ -77,10 +77,13 @@ def _alive(pid: int) -> bool:
 
 
 def test_what_cannot_be_run_is_skipped_and_said(tmp_path: Path) -> None:
-    given = [part("two", gpus=2), part("absent", modules=("no_such_module",)), part("long", least_s=100), part("short")]
+    absent = part("absent", modules=("no_such_module",), programs=("no-such-program", "sh"))
+    given = [part("two", gpus=2), absent, part("long", least_s=100), part("short")]
     found = campaign(tmp_path).run(given, 50)
     assert states(found) == {"two": "skipped", "absent": "skipped", "long": "skipped", "short": "done"}
-    assert "needs 2 GPUs, 1 here" in found[0].why and "no_such_module" in found[1].why and "needs 100" in found[2].why
+    whys = [outcome.why for outcome in found]
+    assert whys[0] == "needs 2 GPUs, 1 here" and whys[1] == "not installed: no_such_module, no-such-program"
+    assert whys[2] == "50 s left, needs 100"
     rehearsed = campaign(tmp_path, gpus=None).run(given[:1], 50)
     assert states(rehearsed) == {"two": "done"}
 

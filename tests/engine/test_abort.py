@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from engine_cases import World
@@ -146,6 +147,8 @@ def test_sources_that_do_not_fit_are_refused_and_not_taken() -> None:
     other = world.store.lookup(ObjectKind.KV, small.key, pin=True)
     good = world.reuse(span, kv, "uniform:20")
     short = world.embedding(small)
+    one_more = np.zeros_like(good.depths)
+    one_more[len(world.embeddings[small.key])] = 1  # a token past those that ``short`` has, in one layer
     bad = [
         (exact, good, "takes no image KV"),
         (approx, Reuse(other, good.depths, good.embedding), "another one's"),
@@ -153,6 +156,7 @@ def test_sources_that_do_not_fit_are_refused_and_not_taken() -> None:
         (approx, Reuse(kv, good.depths + 5, good.embedding), "do not fit"),
         (approx, Reuse(kv, good.depths), "encoder output"),
         (approx, Compute(short), "encoder output"),
+        (approx, Reuse(kv, one_more, short), "encoder output"),
     ]
     for generation, source, message in bad:
         with pytest.raises(ValueError, match=message):

@@ -71,6 +71,25 @@ def test_a_step_is_replayed_from_the_least_graph_that_pays(events: list[tuple[st
         assert chosen.report().captured == len(there) <= limit
 
 
+def test_who_makes_room() -> None:
+    """The least recently used goes first; what was planned stays as long as there is anything else."""
+    chosen = policy(limit=3)
+    chosen.plan([1])
+    for shape in (1, 10, 100):
+        assert chosen.make_room() is None
+        chosen.captured(shape, 0.0)
+    assert chosen.use(10) == 10 and chosen.use(1) == 1
+    assert chosen.make_room() == 100
+    chosen.captured(1000, 0.0)
+    assert chosen.use(10) == 10
+    assert chosen.make_room() == 1000, "10 was used since, 1 was planned"
+    chosen.captured(2000, 0.0)
+    assert [chosen.make_room(), chosen.use(10)] == [10, None]
+    chosen.captured(3000, 0.0)
+    left = {chosen.use(shape) for shape in (1, 2000, 3000)}
+    assert left == {1, 2000, 3000}
+
+
 def test_what_nobody_holds_comes_first_then_the_plan_then_what_keeps_coming_back() -> None:
     chosen = policy()
     chosen.plan([8, 100])

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlcache_dist import kernels
 from vlcache_dist.bench.shapes import random_models
 from vlcache_dist.engine.batch import ChunkWork, SpanWork, StepBatch, build_step
 from vlcache_dist.engine.graph_shapes import (
@@ -25,7 +26,7 @@ from vlcache_dist.engine.graph_shapes import (
     shape_for,
     worthwhile,
 )
-from vlcache_dist.engine.graphs import GraphedForward, PaddedStep, fill_padding, pad_step, padded_logits
+from vlcache_dist.engine.graphs import GraphedForward, PaddedStep, fill_padding, pad_step, padded_input, padded_logits
 from vlcache_dist.model.batch import ForwardBatch, ScatterBatch
 from vlcache_dist.model.config import ModelConfig
 from vlcache_dist.model.upload import FixedInputs
@@ -130,6 +131,49 @@ def test_what_does_not_qualify() -> None:
     row = TEXT.num_kv_heads * TEXT.head_dim
     step = build_step([shrinking], num_layers=TEXT.num_layers, block_size=BLOCK, kv_row=row, hidden=TEXT.hidden_size)
     assert shape_for(pyramid) is not None and shape_for(step) is None, "rows shrink from layer to layer"
+    shrinking.spans = (
+        SpanWork(4, 24, np.r_[np.full(4, TEXT.num_layers - 1), np.zeros(20)].astype(np.int32), kv_base=0, embed_base=0),
+    )
+    step = build_step([shrinking], num_layers=TEXT.num_layers, block_size=BLOCK, kv_row=row, hidden=TEXT.hidden_size)
+    assert step.rows_kv[-2] == len(step.token_ids) and shape_for(step) is None, "in the last layer only"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "settled"),
+    [
+        ([(30, 1, TEXT_ONLY), (7, 1, TEXT_ONLY)], True),
+        ([(30, 2, TEXT_ONLY)], False),
+        ([(30, 1, TEXT_ONLY), (3, 1, REUSED)], False),
+        ([(30, 1, TEXT_ONLY), (0, 1, FRESH)], False),
+    ],
+)
+def test_keys_are_settled_where_every_sequence_has_one_row(pieces, settled, monkeypatch) -> None:
+    """Attention may ask for keys early only if this pass writes none of them but each row's own."""
+    language, _ = random_models(CONFIG, torch.device("cpu"), torch.float32)
+    step = step_of(np.random.default_rng(0), pieces)
+    pages, arena = memory("cpu", torch.float32)
+    told: list[bool] = []
+    attend = kernels.segment_attention
+    monkeypatch.setattr(kernels, "segment_attention", lambda *args: told.append(args[10:] == (True,)) or attend(*args))
+    language.forward(ForwardBatch.from_step(step, "cpu"), pages, arena, ScatterBatch.from_step(step, "cpu"))
+    shape = shape_for(step)
+    assert shape is not None
+    padded_logits(language, fixed(step, shape), shape, pages, arena)
+    assert len(told) >= 2 * (TEXT.num_layers - 1) and set(told) == {settled}
+
+
+def test_a_sampled_row_of_a_scattered_prompt_is_not_settled() -> None:
+    """Its keys are scattered in the same pass, although every sequence has one row."""
+    span = SpanWork(0, 24, np.zeros(24, np.int32), kv_base=0)
+    work = ChunkWork(np.ones(25, np.int64), np.zeros((3, 25), np.int32), np.arange(1, 3), 0, 25, True, (span,))
+    row = TEXT.num_kv_heads * TEXT.head_dim
+    step = build_step([work], num_layers=TEXT.num_layers, block_size=BLOCK, kv_row=row, hidden=TEXT.hidden_size)
+    assert step.num_samples == len(step.token_ids) == 1 and len(step.scatter_src) == 24
+    assert not ForwardBatch.from_step(step, "cpu").settled
+    shape, language = shape_for(step), random_models(CONFIG, torch.device("cpu"), torch.float32)[0]
+    assert shape is not None
+    _, batch, _ = padded_input(language, fixed(step, shape), shape, memory("cpu", torch.float32)[1])
+    assert not batch.settled
 
 
 def test_padding_alone_writes_nothing_and_is_finite() -> None:
@@ -210,7 +254,8 @@ def test_decode_steps_find_the_shapes_prepared_for_them(lengths: tuple[int, ...]
     step = build_step(chunks, num_layers=TEXT.num_layers, block_size=BLOCK, kv_row=8, hidden=8)
     prepared = decode_shapes(max_batch=12, max_keys=4000)
     assert len(prepared) == 2 * SAMPLES.index(16) + 2 == len(set(prepared))
-    assert shape_for(step) in prepared
+    shape = shape_for(step)
+    assert shape in prepared and shape.max_kv >= max(lengths) and shape.rows >= len(lengths)
 
 
 @pytest.mark.gpu

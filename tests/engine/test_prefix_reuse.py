@@ -62,6 +62,32 @@ def _last(world: World) -> str:
     return list(world.generations)[-1]
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_blocks_are_tainted_from_the_first_reused_picture_on(order: tuple[int, int]) -> None:
+    """Whichever of two sources comes first."""
+    world = World(3, block_size=BLOCK)
+    for name in "ab":
+        world.picture(name)
+    world.ask([5, "a", 2])
+    world.ask([5, "b", 2])
+    text = world.text(8)
+    parts: list[Part] = [text, "a", text, "b", text]
+    generation = world.generation(parts, plan="none", max_tokens=2)
+    world.add(generation)
+    world.step()
+    for index in order:
+        source = world.source(generation.request_id, index)
+        assert source is not None
+        world.engine.provide(generation.request_id, index, source)
+    world.results[generation.request_id].unresolved = []
+    world.drive()
+    exact = world.ask([*parts, 5], reuse="exact")
+    assert exact.admitted.cached_tokens == len(text)
+    off = world.ask([*parts, tuple(world.generations[_last(world)].token_ids[-5:])], reuse="off")
+    torch.testing.assert_close(exact.logprobs[0], off.logprobs[0], atol=1e-4, rtol=1e-4)
+    world.assert_idle()
+
+
 def test_approx_hits_both_kinds_and_stays_tainted() -> None:
     world = World(3, block_size=BLOCK)
     for name in "abc":

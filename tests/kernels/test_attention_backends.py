@@ -138,9 +138,11 @@ class Recorder:
     def __init__(self, name: str, page_multiple: int, page_best: int = 1) -> None:
         self.name, self.page_multiple, self.page_best = name, page_multiple, page_best
         self.calls = 0
+        self.settled = None
 
-    def segment_attention(self, q, *_):
+    def segment_attention(self, q, *rest):
         self.calls += 1
+        self.settled = rest[-1]
         return q
 
     def varlen_attention(self, q, *_):
@@ -163,8 +165,12 @@ def test_auto_goes_by_shape(rows, max_q, block_size, chosen):
     auto = backends.Auto(few, many, processors=132)
     pages = torch.empty((1, block_size, 4, 8))
     none = torch.empty(0)
-    auto.segment_attention(torch.empty((rows, 28, 8)), pages, pages, none, none, none, max_q, 16_384, 1.0)
-    assert {"few": few.calls, "many": many.calls}[chosen] == 1 and few.calls + many.calls == 1
+    args = (torch.empty((rows, 28, 8)), pages, pages, none, none, none, max_q, 16_384, 1.0)
+    auto.segment_attention(*args)
+    called = {"few": few, "many": many}[chosen]
+    assert called.calls == 1 and few.calls + many.calls == 1 and called.settled is False
+    auto.segment_attention(*args, None, True)
+    assert called.calls == 2 and called.settled is True
 
 
 @pytest.mark.parametrize(("max_len", "chosen"), [(64, "few"), (4_096, "many")])

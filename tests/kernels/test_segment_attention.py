@@ -142,3 +142,5 @@ def test_choose_splits_fills_the_processors_only_when_it_pays():
     assert gpu.choose_splits(tiles=4, blocks=4, processors=132, per_processor=1, min_blocks=4) == 1
     few = gpu.choose_splits(tiles=4, blocks=256, processors=132, per_processor=2, min_blocks=2)
     assert 4 * few > 100
+    long = gpu.choose_splits(tiles=1, blocks=8192, processors=132, per_processor=1, min_blocks=1)
+    assert 32 < long <= 64, "the combining kernel is compiled for 64 parts at most"

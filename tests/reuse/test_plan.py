@@ -41,6 +41,7 @@ def test_any_plan(spelling, num_tokens):
     depths = plan.depths(num_tokens, 4)
     assert depths.dtype == np.int32 and depths.shape == (num_tokens,)
     assert depths.tolist() == [sum(count > i for count in counts) for i in range(num_tokens)]
+    assert not depths.flags.writeable, "the same array is given to all who ask"
     assert plan.is_full(num_tokens, 4) == bool((depths == 4).all())
     assert plan.is_none(num_tokens, 4) == bool((depths == 0).all())
     again = Plan.parse(str(plan))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ LAST_LINES = 12
 @dataclass(frozen=True, slots=True)
 class Part:
     """``command``: what follows the Python interpreter. ``least_s``: with less time left it is not begun; ``limit_s``:
-    after so long it is interrupted. ``modules``: without them it is skipped."""
+    after so long it is interrupted. ``modules`` and ``programs``: without them it is skipped."""
 
     name: str
     file: str
@@ -38,6 +39,7 @@ class Part:
     limit_s: float
     gpus: int = 1
     modules: tuple[str, ...] = ()
+    programs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,7 @@ class Campaign:
         if self._gpus is not None and part.gpus > self._gpus:
             return f"needs {part.gpus} GPUs, {self._gpus} here"
         absent = [name for name in part.modules if importlib.util.find_spec(name) is None]
+        absent += [name for name in part.programs if shutil.which(name) is None]
         return f"not installed: {', '.join(absent)}" if absent else ""
 
 

@@ -1,7 +1,8 @@
 """``pytest -m gpu`` with a report: ``python -m vlcache_dist.bench.gpu_tests --json FILE``.
 
 The report counts tests by outcome, names those that failed and says what a skipped one lacks. Exit status 1 if any
-failed, so that a machine without a GPU, where all are skipped, passes.
+failed, so that a machine without a GPU, where all are skipped, passes. ``--sanitize``: under compute-sanitizer's
+memcheck, whose findings count as a failure; without tests of gigabytes, which it would take minutes for.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vlcache_dist.bench.ttft import machine
 
 ROOT = Path(__file__).parents[2]
 NOT_A_FAILURE = (0, 5)  #: pytest's exit status: all passed, none selected
+SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--target-processes", "all", "--error-exitcode", "9")
 
 
 def summary(junit: Path) -> dict[str, Any]:
@@ -42,12 +44,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tests", type=Path, nargs="*", default=[ROOT / "tests"], help="files or folders")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--sanitize", action="store_true")
     options = parser.parse_args()
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+        if options.sanitize:
+            command = [*SANITIZER, *command, "-k", "not past_two_to"]
         done = subprocess.run([*command, *map(str, options.tests)], cwd=ROOT)
         report = {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), **summary(junit)}
     options.json.write_text(json.dumps(report, indent=1) + "\n")

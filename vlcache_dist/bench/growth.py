@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlcache_dist.bench.ttft import Bench, machine, median
+from vlcache_dist.bench.ttft import TEXT_TOKENS, Bench, machine, median
 from vlcache_dist.reuse.plan import Plan
 
 ACTIVE = (32, 64, 128, 256, 512, 1024, 2048)
@@ -27,7 +27,8 @@ def run(
     """Warm milliseconds, medians of ``runs``: by image ``sizes``, by rows that are recomputed of an image of ``large``
     tokens, by requests in a batch and by images in a prompt, each of ``image`` tokens. Beside the first the cold
     request, the floor, and the bytes an image takes in the store."""
-    bench = Bench(shape, device, max(*sizes, large, max(IMAGES) * image), plan)
+    pages = max_requests * (image + 2 * TEXT_TOKENS)  # no more, so that 32B and its largest image fit on one GPU
+    bench = Bench(shape, device, max(*sizes, large, max(IMAGES) * image), plan, page_tokens=pages)
     report: dict[str, Any] = {"machine": machine(device), "shape": shape, "plan": plan, "runs": runs}
     report["by_image"] = [_by_image(bench, size, runs) for size in sizes]
     report["by_active_tokens"] = _by_active(bench, large, runs)

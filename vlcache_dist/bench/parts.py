@@ -20,7 +20,7 @@ def parts(shape: str, gpu: str, gpus: int) -> list[Part]:
 
 
 def _one_gpu(shape: str, gpu: str) -> list[Part]:
-    vllm = ("benchmarks/vllm_ttft.py", "--shape", shape, "--runs", "5", *TO_JSON)
+    vllm = ("benchmarks/vllm_ttft.py", "--shape", shape, "--runs", "10", *TO_JSON)
     growth = ("benchmarks/growth.py", *TO_JSON, "--shape")
     return [
         Part("tune", f"tune-{gpu}.json", ("benchmarks/tune.py", "--adopt", *TO_JSON), 60, 300),
@@ -28,8 +28,14 @@ def _one_gpu(shape: str, gpu: str) -> list[Part]:
         Part("kernels", f"kernels-{gpu}.json", ("benchmarks/kernels.py", *TO_JSON), 60, 240),
         Part("stalls", f"stalls-{shape}-{gpu}.json", ("benchmarks/stalls.py", "--shape", shape, *TO_JSON), 60, 180),
         Part("gpu-tests", f"gpu-tests-{gpu}.json", ("-m", "vlcache_dist.bench.gpu_tests", *TO_JSON), 60, 420),
+        Part(
+            "sanitizer", f"sanitizer-{gpu}.json",
+            ("-m", "vlcache_dist.bench.gpu_tests", "--sanitize", "--tests", "tests/kernels/test_write_kernels.py",
+             "tests/kernels/test_swiglu.py", "tests/kernels/test_pointwise.py", "tests/kernels/test_gemv.py", *TO_JSON),
+            90, 300, programs=("compute-sanitizer",),
+        ),
         Part("vllm-compiled", f"vllm-{shape}-{gpu}-compiled.json", (*vllm, "--graph"), 120, 420, modules=("vllm",)),
-        Part("growth-32b", f"growth-32b-{gpu}.json", (*growth, "32b", "--runs", "4"), 150, 420),
+        Part("growth-32b", f"growth-32b-{gpu}.json", (*growth, "32b"), 150, 420),
         Part(
             "end-to-end",
             f"end-to-end-{shape}-{gpu}.json",
@@ -47,14 +53,14 @@ def _one_gpu(shape: str, gpu: str) -> list[Part]:
             60,
             180,
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _two_gpus(shape: str, gpu: str) -> list[Part]:
     sharded = ("benchmarks/tensor_parallel.py", "--graphs", *TO_JSON, "--shape")
     remote = (*CLI, "ttft", "--remote", "--shape", shape, "--vision-tokens", "1024,1600,4096,16384", "--runs", "15")
     return [
-        Part("tensor-parallel", f"tensor-parallel-{shape}-{gpu}.json", (*sharded, shape, "--runs", "8"), 90, 300, 2),
+        Part("tensor-parallel", f"tensor-parallel-{shape}-{gpu}.json", (*sharded, shape), 90, 300, 2),
         Part(
             "ttft-remote",
             f"ttft-remote-{shape}-{gpu}.json",
@@ -66,7 +72,7 @@ def _two_gpus(shape: str, gpu: str) -> list[Part]:
         Part(
             "tensor-parallel-32b",
             f"tensor-parallel-32b-{gpu}.json",
-            (*sharded, "32b", "--ranks", "2", "--runs", "6"),
+            (*sharded, "32b", "--ranks", "2"),
             120,
             400,
             2,

@@ -61,16 +61,19 @@ class Bench:
         *,
         layers: int | None = None,
         max_batch_tokens: int | None = None,
+        page_tokens: int | None = None,
     ) -> None:
-        """``max_vision_tokens``: of a request; ``max_batch_tokens``: of a step, None: so many that no prompt is cut."""
+        """``max_vision_tokens``: of a request; ``max_batch_tokens``: of a step, None: so many that no prompt is cut;
+        ``page_tokens``: that the KV pages hold, None: enough for ``decode_ms``."""
         self.device = torch.device(device)
         dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.config = model_config(shape, layers)
         self.plan = Plan.parse(plan)
         self.layout = kv_layout(self.config, f"random {shape}", dtype, self.ranks)
         token_bytes = (self.layout.kv_token + self.layout.hidden) * self.layout.itemsize
-        decode_tokens = max(DECODE_BATCHES) * (DECODE_CONTEXT + 512) if self.device.type == "cuda" else 0
-        blocks = max(max_vision_tokens + 4096, decode_tokens) * self.layout.kv_token * self.layout.itemsize
+        if page_tokens is None:
+            page_tokens = max(DECODE_BATCHES) * (DECODE_CONTEXT + 512) if self.device.type == "cuda" else 0
+        blocks = max(max_vision_tokens + 4096, page_tokens) * self.layout.kv_token * self.layout.itemsize
         settings = EngineSettings(
             store_bytes=3 * max_vision_tokens * token_bytes + (64 << 20),
             kv_bytes=blocks,
@@ -385,7 +388,7 @@ def run(
         ]
     if with_transformers:
         del bench
-        for row, ms in zip(rows, transformers_ms(shape, device, images, max(3, runs // 2)), strict=True):
+        for row, ms in zip(rows, transformers_ms(shape, device, images, runs), strict=True):
             row["transformers_ms"] = ms
     return report
 

@@ -55,7 +55,7 @@ def shape_for(step: StepBatch) -> Shape | None:
     rows, samples = len(step.token_ids), step.num_samples
     if not samples or rows > ROWS[-1] or step.rows_q[-1] != samples:
         return None
-    if step.rows_kv[-1] != rows or step.rows_q[-2:-1] not in ((), (rows,)):  # they never grow with depth
+    if step.rows_kv[-1] != rows:  # fewer from layer to layer
         return None
     padded_samples = _at_least(samples, SAMPLES)
     if padded_samples is None:

@@ -191,7 +191,7 @@ def _segment_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if EARLY:
-        if lo + BLOCK_N <= tl.minimum(hi, keys - queries):  # else it holds keys that the previous kernel may write
+        if lo + BLOCK_N <= keys - queries:  # else it holds keys that the previous kernel may write
             s = tl.dot(q, tl.trans(early_k), input_precision=PRECISION)
             m = tl.max(s, 1) * scale_log2
             p = tl.exp2(s * scale_log2 - m[:, None])
