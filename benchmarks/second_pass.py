@@ -1,8 +1,8 @@
 """The engine itself under a watched plan, on the evaluation's formats: what is released, rechecked, computed in full.
 
     python benchmarks/second_pass.py --suite held-out --cases 16 --json benchmarks/results/second-pass-tiny.json
-    python benchmarks/second_pass.py --suite held-out --cases 16 --engine-only --changed-roles --seed 22 \
-        --plan 'none+canary:0,3,5<0.42,again:5@8<0.02x2' --json benchmarks/results/third-pass-tiny.json
+    python benchmarks/second_pass.py --suite held-out --cases 24 --engine-only --changed-roles --seed 22 \
+        --plan 'none+canary:0,3,5<0.42,again:5@8<0.02x2' --json benchmarks/results/escalation-third-tiny.json
 
 Every case: empty caches, the donors' prompts, the question under the plan, and once with nothing reused. KL is a lower
 bound over 20 alternatives (``reuse.drift``). ``computed_share``: vision token-layers that the engine computed for the
