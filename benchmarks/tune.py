@@ -4,7 +4,7 @@
     python benchmarks/tune.py --json FILE --adopt    and use the choices from now on (in this source tree)
 
 Every candidate is compared with fp32 torch first; one that is wrong, or does not launch, is left out and said. Times
-are medians of graph replays (``benchmarks/kernels.py``). A launch of attention must not be slower than the default in
+are medians of graph replays. A launch of attention must not be slower than the default in
 any case by more than 2 %, and is chosen by the geometric mean over all. Fused SwiGLU is chosen per shape, from the row
 count on from which it is ahead of the library's product and the pointwise kernel behind it.
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import DTYPE, SCALE, graph_us
 
+from vlcache_dist.bench.device_time import graph_us
 from vlcache_dist.kernels.attention import segment_attention_reference
 from vlcache_dist.kernels.gpu import attention, swiglu, tuned
 from vlcache_dist.kernels.gpu.attention import AttentionConfig
@@ -31,6 +31,7 @@ from vlcache_dist.kernels.gpu.swiglu import SwigluConfig
 from vlcache_dist.kernels.linear import swiglu_reference
 
 HEADS, KV_HEADS, DIM, BLOCK = 28, 4, attention.TUNED_DIM, attention.TUNED_BLOCK
+DTYPE, SCALE = torch.bfloat16, DIM**-0.5
 DECODE = ((1, 16_384), (1, 32_768), (1, 2_048), (8, 2_048), (64, 2_048))  #: sequences, keys of each
 #: inputs, outputs, bias, rows: the language models of 7B, 3B and 32B, and the vision tower
 PRODUCTS = (

@@ -16,17 +16,12 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def tune() -> Any:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("tune", BENCHMARKS / "tune.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["tune"] = module  # dataclasses look it up
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        sys.modules.pop("tune", None)
+    spec = importlib.util.spec_from_file_location("tune", BENCHMARKS / "tune.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tune"] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
 
 
 def rows(tune: Any, case: str, **us: float | None) -> list[Any]:
