@@ -142,7 +142,7 @@ def abilities(run: Run) -> None:
     (``evaluate.generated.ANSWERED``, ``LEARNT``)."""
     found = []
     for suite in ("abilities", "rules", "multi-hop"):
-        rows = run.rows(f"abilities-{suite}", generate(suite, run.cases(64), TUNE_SEED + 30), ["full"])
+        rows = run.rows(f"abilities-{suite}", generate(suite, run.cases(BATCH), TUNE_SEED + 30), ["full"])
         found += [{"suite": suite, **row} for row in rows if row["format"] != "all"]
     run.save(abilities=found)
     for row in found:

@@ -3,8 +3,9 @@
     python benchmarks/second_pass.py --suite held-out --cases 16 --json benchmarks/results/second-pass-tiny.json
 
 Every case: empty caches, the donors' prompts, the question under the plan, and once with nothing reused. KL is a lower
-bound over 20 alternatives (``reuse.drift``). ``same_verdict`` and ``same_answer`` count the cases in which the
-evaluation's dense engine (``evaluate.run``) comes to the same.
+bound over 20 alternatives (``reuse.drift``). ``computed_share``: vision token-layers that the engine computed for the
+answer, passes that were thrown away included, of those of the full run (mean over cases). ``same_verdict`` and
+``same_answer`` count the cases in which the evaluation's dense engine (``evaluate.run``) comes to the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import platform
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +30,7 @@ from vlcache_dist.evaluate.scoring import is_right
 from vlcache_dist.evaluate.trial import Trial
 from vlcache_dist.evaluate.ttft import openai_messages
 from vlcache_dist.evaluate.workbench import Workbench
+from vlcache_dist.llm import Output
 from vlcache_dist.reuse.drift import first_token_drift
 from vlcache_dist.reuse.guarded import spelled_out
 
@@ -38,6 +41,13 @@ def dense(bench: Workbench, case: Case, plan: str) -> tuple[str, bool, bool]:
     verdict = done.settled
     said = bench.text(done.answers.token_ids[0])
     return said, verdict is not None and bool(verdict.rechecked[0]), verdict is not None and bool(verdict.escalated[0])
+
+
+def counted(llm: LLM, prompt: list[dict[str, Any]], sampling: SamplingParams, **options: Any) -> tuple[Output, int]:
+    """The answer, and the vision token-layers that it took."""
+    before = llm.engine.stats().vision_layer_rows
+    answer = llm.chat(prompt, sampling, **options)
+    return answer, llm.engine.stats().vision_layer_rows - before
 
 
 def main() -> None:
@@ -56,7 +66,7 @@ def main() -> None:
     rows = []
     for name, cases in by_format(generate(options.suite, options.cases, options.seed)).items():
         counts: Counter[str] = Counter()
-        computed = 0.0
+        final = computed = 0.0
         for case in cases:
             llm.store.clear()
             llm.engine.pool.drop_contents()
@@ -64,8 +74,9 @@ def main() -> None:
                 llm.chat(openai_messages(donor.dialogue), short, plan="full")
             llm.engine.pool.drop_contents()
             prompt = openai_messages(case.dialogue)
-            answer = llm.chat(prompt, sampling, plan=plan)
-            full = llm.chat(prompt, sampling, reuse="off")
+            answer, spent = counted(llm, prompt, sampling, plan=plan)
+            full, whole = counted(llm, prompt, sampling, reuse="off")
+            computed += spent / whole
             assert answer.logprobs is not None and full.logprobs is not None
             kl, agrees = first_token_drift(full.logprobs[0], answer.logprobs[0])
             right = is_right(answer.text, case.answers, case.metric)
@@ -83,11 +94,17 @@ def main() -> None:
             counts["same_verdict"] += rechecked == any(r.why == "rechecked" for r in watched) and (
                 escalated == any(r.escalated for r in watched)
             )
-            computed += sum(r.recomputed_layer_tokens for r in watched) / max(
+            final += sum(r.recomputed_layer_tokens for r in watched) / max(
                 sum(r.vision_tokens for r in watched) * llm.layout.num_layers, 1
             )
         rows.append(
-            {"format": name, "cases": len(cases), **counts, "final_pass_share": round(computed / len(cases), 4)}
+            {
+                "format": name,
+                "cases": len(cases),
+                **counts,
+                "final_pass_share": round(final / len(cases), 4),
+                "computed_share": round(computed / len(cases), 4),
+            }
         )
         print(rows[-1], flush=True)
         options.json.write_text(

@@ -4,13 +4,29 @@ because the children of a process that died are nobody's children."""
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from vlcache_dist.errors import WorkerLost
+
+
+def end_with_parent() -> None:
+    """In a process that multiprocessing started: be gone when the parent is, however that one ended. (A pool whose
+    parent was killed would finish what it has at hand, for minutes, and for nobody.)"""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def marked(name: str, value: str) -> list[int]:

@@ -22,6 +22,7 @@ from vlcache_dist.engine.api import (
     Compute,
     Event,
     Failed,
+    Mode,
     PrefillDone,
     RecordDropped,
     Reuse,
@@ -97,8 +98,9 @@ class LLM:
     """A model with its vision tower, image store and engine, all in the calling thread; with ``engine.tensor_parallel``
     above 1 the language model's other ranks are processes of their own, on the GPUs behind ``device``'s.
 
-    ``model``: ``tiny`` (bundled), a checkpoint folder, or a hub name. Raises ConfigError, CheckpointError and
-    UnsupportedModel.
+    ``model``: ``tiny`` (bundled), a checkpoint folder, or a hub name. ``donors`` (None: ``engine.donors``): whose image
+    KV is reused, as in the workers; there is no background here, so with ``background`` a call that has shown new
+    pictures records them before it returns. Raises ConfigError, CheckpointError and UnsupportedModel.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class LLM:
         *,
         revision: str | None = None,
         max_model_len: int | None = None,
+        donors: str | None = None,
         engine: EngineSettings | None = None,
         media: MediaSettings | None = None,
     ) -> None:
@@ -116,6 +119,9 @@ class LLM:
             model=model, revision=revision, device=device, dtype=dtype, max_model_len=max_model_len
         )
         engine = engine or EngineSettings()
+        if donors is not None:
+            engine = EngineSettings.of(**{**engine.model_dump(), "donors": donors})
+        self.donors = engine.donors
         placement = Placement.of(settings)
         checkpoint = Checkpoint.open(settings.model, settings.revision)
         self.config = checkpoint.config
@@ -132,13 +138,13 @@ class LLM:
         else:
             self.engine = _sharded_engine(checkpoint, settings, engine, self.arena, self.store)
         self._media_settings = media or MediaSettings()
-        self._processor = MediaProcessor.from_folder(checkpoint.folder, self._media_settings)
-        self._prompts = PromptBuilder.from_folder(
+        self.processor = MediaProcessor.from_folder(checkpoint.folder, self._media_settings)
+        self.prompts = PromptBuilder.from_folder(
             checkpoint.folder,
             merge_size=self.config.vision.spatial_merge_size,
             max_model_len=self.engine.config.max_model_len,
         )
-        self._text = TokenText(self._prompts.tokenizer)
+        self._text = TokenText(self.prompts.tokenizer)
         self._identity = ModelIdentity(settings.model, settings.revision or "", checkpoint.fingerprint, placement.dtype)
         self._salt = tenant_salt("", b"")
         self._ids = itertools.count()
@@ -201,11 +207,11 @@ class LLM:
     def _request(self, messages: Messages, sampling: SamplingParams, reuse: ReuseMode, plan: Plan) -> _Request:
         conversation = parse_messages(messages)
         items = load_blocking(self._media_settings, conversation.media) if conversation.media else []
-        keys = [self._processor.content_key(item, self._salt, self._identity) for item in items]
-        metas = [self._processor.meta(item) for item in items]
-        prompt = self._prompts.build(conversation, keys, metas, max_tokens=sampling.max_tokens)
+        keys = [self.processor.content_key(item, self._salt, self._identity) for item in items]
+        metas = [self.processor.meta(item) for item in items]
+        prompt = self.prompts.build(conversation, keys, metas, max_tokens=sampling.max_tokens)
         generation = Generation(
-            request_id=str(next(self._ids)),
+            request_id=self.new_id(),
             tenant="",
             token_ids=prompt.token_ids,
             spans=prompt.spans,
@@ -222,9 +228,10 @@ class LLM:
             for request in requests:
                 self.engine.add(request.generation, started)
             batch.run()
+            if self.donors == "background":
+                batch.record_alone()
         except BaseException:
-            for request in requests:
-                self.engine.abort(request.generation.request_id)
+            batch.abort()
             self.engine.step(time.monotonic())
             raise
         outputs = [self._output(request, started) for request in requests]
@@ -248,13 +255,17 @@ class LLM:
             ttft_s=request.first_token_at - started,
         )
 
+    def new_id(self) -> str:
+        """A request id that was not used before."""
+        return str(next(self._ids))
+
     # -- encoder output -----------------------------------------------------------------------------------------
 
     def embedding(self, item: MediaItem, span: MediaSpan, *, cached: bool) -> Extent:
         """The span's encoder output, pinned: from the store, or encoded now (and kept only if ``cached``)."""
         if cached and (found := self.store.lookup(ObjectKind.EMBEDDING, span.key, pin=True)) is not None:
             return found
-        patches = self._processor.patches(item)
+        patches = self.processor.patches(item)
         if patches.grid != span.grid:
             raise EngineError(f"{item.where}: its header promised a grid of {span.grid}, it has {patches.grid}")
         rows = self._tower.forward(torch.from_numpy(patches.values), [patches.grid])
@@ -286,16 +297,81 @@ class _Batch:
         self._llm = llm
         self._requests = requests
         self._recording: set[ContentKey] = set()
+        self._alone: dict[str, ContentKey] = {}  # recordings in the canonical context, by request id
+        self._given_up: set[ContentKey] = set()  # not to be recorded like that in this call
 
     def run(self) -> None:
         engine = self._llm.engine
         while any(request.finish is None for request in self._requests.values()):
             if not self._resolve() and not engine.has_work():
-                raise EngineError("no request can go on")
+                if not self._alone:
+                    raise EngineError("no request can go on")
+                self._end_alone()  # no room for them beside the requests that wait for them
             for event in engine.step(time.monotonic()):
                 self._handle(event)
 
+    def record_alone(self) -> None:
+        """Record what the requests have shown in the canonical context; what finds no room is left."""
+        llm = self._llm
+        for request in self._requests.values():
+            for span in request.generation.spans if request.generation.reuse is not ReuseMode.OFF else ():
+                if span.key not in self._recording and llm.store.lookup(ObjectKind.KV, span.key) is None:
+                    self._begin_alone(request.items[span.index], span)
+        while self._alone:
+            if not llm.engine.has_work():
+                self._end_alone()
+            for event in llm.engine.step(time.monotonic()):
+                self._handle(event)
+
+    def _begin_alone(self, item: MediaItem, span: MediaSpan) -> bool:
+        """Queue the recording of a picture in the canonical context; False if there is no room for it."""
+        llm = self._llm
+        if span.key in self._given_up:
+            return False
+        prompt = llm.prompts.alone(span.key, llm.processor.meta(item))
+        (alone,) = prompt.spans
+        self._given_up.add(span.key)  # tried once
+        try:
+            elements = llm.layout.kv_elements(span.length)
+            record = llm.store.begin(ObjectKind.KV, span.key, new_variant(), elements, time.monotonic())
+        except StoreFull:
+            return False
+        try:
+            source = Compute(llm.embedding(item, alone, cached=True), record)
+        except BaseException:
+            llm.store.abort(record)
+            raise
+        request_id = llm.new_id()
+        sampling = SamplingParams(max_tokens=1, ignore_eos=True)
+        generation = Generation(request_id, "", prompt.token_ids, prompt.spans, sampling, ReuseMode.EXACT, "none")
+        try:
+            llm.engine.add(generation, time.monotonic(), Mode.RECORD)
+        except BaseException:
+            llm.store.unpin(source.embedding)
+            llm.store.abort(record)
+            raise
+        self._alone[request_id] = span.key
+        self._recording.add(span.key)
+        llm.engine.provide(request_id, 0, source)
+        return True
+
+    def _end_alone(self) -> None:
+        for request_id, key in self._alone.items():
+            self._llm.engine.abort(request_id)
+            self._recording.discard(key)
+        self._alone.clear()
+
+    def abort(self) -> None:
+        """End everything that this batch has in the engine."""
+        self._end_alone()
+        for request_id in self._requests:
+            self._llm.engine.abort(request_id)
+
     def _handle(self, event: Event) -> None:
+        if event.request_id not in self._requests:
+            if isinstance(event, TokenEvent | Failed) and event.request_id in self._alone:
+                self._recording.discard(self._alone.pop(event.request_id))
+            return
         request = self._requests[event.request_id]
         match event:
             case Admitted(needed=needed):
@@ -362,11 +438,15 @@ class _Batch:
                 return Reuse(kv, depths, embedding, canary=request.plan.canary)
             if span.key in self._recording:
                 return None
+            if llm.donors == "canonical" and self._begin_alone(item, span):
+                return None
         return Compute(llm.embedding(item, span, cached=True), self._record(request, index))
 
     def _record(self, request: _Request, index: int) -> Extent | None:
         """Room to record a span's KV in, if it should be: nobody has it, nobody is at it, and it is a legal donor."""
         llm, span = self._llm, request.generation.spans[index]
+        if llm.donors != "first":
+            return None  # nothing of a request's own context is kept
         if span.key in self._recording or llm.store.lookup(ObjectKind.KV, span.key) is not None:
             return None
         if not llm.engine.recordable(request.generation.request_id, index):

@@ -136,6 +136,12 @@ def _url(url: Any, at: str) -> str:
     return url
 
 
+ALONE = {
+    "image": parse_messages([{"role": "user", "content": [{"type": "image_url", "image_url": "data:,"}]}]),
+    "video": parse_messages([{"role": "user", "content": [{"type": "video_url", "video_url": "data:,"}]}]),
+}  #: canonical contexts: an item behind the model's default system prompt
+
+
 class PromptBuilder:
     """Renders and encodes prompts of one model. Thread-safe."""
 
@@ -222,6 +228,10 @@ class PromptBuilder:
                 f"{max_tokens} for the answer exceed the model's {self.max_model_len}"
             )
         return Prompt(tuple(ids), tuple(spans))
+
+    def alone(self, key: ContentKey, meta: MediaMeta) -> Prompt:
+        """The canonical context of one item: nothing but what the template says. Raises PromptTooLong."""
+        return self.build(ALONE[meta.modality], [key], [meta])
 
     def encode(self, text: str) -> list[int]:
         """Plain text to tokens; special tokens' spellings in it are characters."""

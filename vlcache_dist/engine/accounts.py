@@ -30,6 +30,7 @@ class Accounts:
         self.counters["steps"] += 1
         self.counters["scattered_tokens"] += len(batch.scatter_src)
         layers = np.minimum(batch.row_depth, self._num_layers)
+        self.counters["vision_layer_rows"] += int(layers[batch.embed_rows].sum())
         rows = np.bincount(batch.row_chunk, weights=layers, minlength=len(work))
         for (sequence, chunk), count in zip(work, rows.tolist(), strict=True):
             if sequence.prefilling:
@@ -56,6 +57,7 @@ class Accounts:
                 "spans_watched",
                 "spans_escalated",
                 "spans_rechecked",
+                "vision_layer_rows",
                 "spans_streamed",
                 "spans_revoked",
             ),

@@ -181,7 +181,8 @@ class EngineStats:
     ``spans_escalated``: spans that were computed after all because their own canary or an earlier one called.
     ``spans_rechecked``: spans that alarmed, or stood behind one that did, and were released after a second pass;
     ``spans_streamed``: reused spans whose layers were computed on while later ones were still arriving;
-    ``spans_revoked``: spans whose arriving source was withdrawn."""
+    ``spans_revoked``: spans whose arriving source was withdrawn; ``vision_layer_rows``: rows of vision tokens, summed
+    over the layers that computed their K and V, passes whose answer was thrown away included."""
 
     waiting: int
     running: int
@@ -207,3 +208,4 @@ class EngineStats:
     spans_rechecked: int = 0
     spans_streamed: int = 0
     spans_revoked: int = 0
+    vision_layer_rows: int = 0

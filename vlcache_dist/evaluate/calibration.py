@@ -21,7 +21,7 @@ from vlcache_dist.evaluate.second_pass import best_repair, choose_second_pass
 from vlcache_dist.evaluate.study import read_sightings, sighting_units, statistics
 from vlcache_dist.evaluate.workbench import Workbench
 from vlcache_dist.evaluate.workers import BenchSpec, Unit, run_units
-from vlcache_dist.reuse.calibrate import LimitChoice, budget_plans, choose_limit, least_error, limit_at
+from vlcache_dist.reuse.calibrate import LimitChoice, budget_plans, least_error, limit_at, limit_choices
 from vlcache_dist.reuse.canary import Again, Canary
 from vlcache_dist.reuse.plan import LayerPercents, Plan
 from vlcache_dist.reuse.plan_file import FORMAT
@@ -118,6 +118,17 @@ class Calibration:
         }
         return least_error(kl), kl
 
+    def least_harm(
+        self, cases: Sequence[Case], probes: tuple[int, int], choices: Sequence[LimitChoice]
+    ) -> tuple[LimitChoice, int]:
+        """Of canaries the one that lets fewest wrong answers pass, the first of them, and how many. An alarm computes
+        the picture that raised it and what is behind: a calm one before it can still be wrong."""
+        spellings = [f"none+{Canary(*probes, ((choice.layer, choice.limit),))}" for choice in choices]
+        found = self.outcomes("canary limits", cases, spellings)
+        passed = [sum(outcome.harmful for outcome in found[spelling]) for spelling in spellings]
+        best = int(np.argmin(passed))
+        return choices[best], passed[best]
+
     def outcomes(self, stage: str, cases: Sequence[Case], spellings: Sequence[str]) -> dict[str, list[Outcome]]:
         """By policy, cases batch by batch."""
         self.do(stage, outcome_units(cases, spellings, self.journal))
@@ -145,9 +156,10 @@ def calibrate(run: Calibration, cases: Sequence[Case], goal: Goal, *, model: str
     run.do("canary", sighting_units(cases, [goal.probes], run.journal))
     values, harmful = statistics(read_sightings(cases, goal.probes, run.journal))
     try:
-        limit = _limit(values, harmful, goal)
+        choices = _limits(values, harmful, goal)
     except ValueError as error:
         raise ConfigError(f"{data}: {error}") from error
+    limit, passed = run.least_harm(cases, goal.probes, choices)
     canary = Canary(*goal.probes, ((limit.layer, limit.limit),))
     quiet = values[limit.layer] <= limit.limit
     sensitivity = run.sensitivity(cases, num_layers)
@@ -170,7 +182,7 @@ def calibrate(run: Calibration, cases: Sequence[Case], goal: Goal, *, model: str
             "cases": len(cases),
             "harmful": int(harmful.sum()),
             "goal": asdict(goal),
-            "detector": asdict(limit),
+            "detector": asdict(limit) | {"released_harmful": passed},
             **({"second_pass": second} if second else {}),
             "budget_percent": budget,
             "kl_where_quiet": {name: float(f"{value:.4g}") for name, value in kl.items()},
@@ -180,10 +192,10 @@ def calibrate(run: Calibration, cases: Sequence[Case], goal: Goal, *, model: str
     }
 
 
-def _limit(values: np.ndarray, harmful: np.ndarray, goal: Goal) -> LimitChoice:
+def _limits(values: np.ndarray, harmful: np.ndarray, goal: Goal) -> list[LimitChoice]:
     if goal.false_alarms is not None:
-        return limit_at(values, harmful, goal.false_alarms)
-    return choose_limit(values, harmful, goal.catch)
+        return [limit_at(values, harmful, goal.false_alarms)]
+    return limit_choices(values, harmful, goal.catch)
 
 
 def _affordable(

@@ -16,6 +16,7 @@ import torch
 from vlcache_dist.errors import ConfigError, WorkerLost
 from vlcache_dist.evaluate.journal import Journal
 from vlcache_dist.evaluate.workbench import Workbench
+from vlcache_dist.leftovers import end_with_parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ _bench: Workbench | None = None  # of this worker process
 
 def _start(spec: BenchSpec, threads: int) -> None:
     global _bench
+    end_with_parent()
     torch.set_num_threads(threads)
     _bench = spec.build()
 

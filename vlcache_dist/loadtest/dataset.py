@@ -17,6 +17,7 @@ import msgspec
 from vlcache_dist.demo import pictures
 from vlcache_dist.demo.questions import WORDS
 from vlcache_dist.errors import ConfigError
+from vlcache_dist.leftovers import end_with_parent
 from vlcache_dist.loadtest.scenario import Picture, Planned, Scenario, Turn
 
 FORMATS = ("vlcache", "vllm", "aiperf", "guidellm")
@@ -68,7 +69,7 @@ def prepare(planned: Iterable[Planned]) -> None:
     processes = min(os.cpu_count() or 1, sum(p.rows * p.columns for p in missing) // CELLS_PER_PROCESS)
     if processes < 2:
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         for picture, drawn in zip(missing, pool.map(_draw, missing), strict=True):
             _keep(picture, drawn)
 

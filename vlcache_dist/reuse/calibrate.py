@@ -26,13 +26,18 @@ class LimitChoice:
 
 
 def choose_limit(statistics: np.ndarray, harmful: np.ndarray, catch: float = 0.99) -> LimitChoice:
-    """The layer and limit of a canary. ``statistics`` fp [layer, case] is a case's largest deviation, ``harmful`` bool
-    [case].
+    """The first of ``limit_choices``."""
+    return limit_choices(statistics, harmful, catch)[0]
+
+
+def limit_choices(statistics: np.ndarray, harmful: np.ndarray, catch: float = 0.99) -> list[LimitChoice]:
+    """Layers and limits of a canary, the one with the widest margin first. ``statistics`` fp [layer, case] is a case's
+    largest deviation, ``harmful`` bool [case].
 
     Per layer the highest limit that still catches the share ``catch`` of the harmful cases; from it downwards the
     middle of the widest relative gap between neighbouring cases that costs at most ``EXTRA_FALSE_ALARMS`` more, since
-    a limit that touches the cases it was drawn from will miss their like. Of the layers whose false alarms exceed the
-    fewest by no more than that, the one with the widest gap is taken. Raises ValueError without harmful or harmless
+    a limit that touches the cases it was drawn from will miss their like. Layers whose false alarms exceed the
+    fewest by more than that are left out. Raises ValueError without harmful or harmless
     cases: no limit follows from one kind.
     """
     if not harmful.any() or harmful.all():
@@ -56,7 +61,7 @@ def choose_limit(statistics: np.ndarray, harmful: np.ndarray, catch: float = 0.9
         found.append((gap, LimitChoice(layer, limit, float((bad > limit).mean()), alarms)))
     fewest = min(choice.false_alarms for _, choice in found)
     near = [(gap, choice) for gap, choice in found if choice.false_alarms <= fewest + EXTRA_FALSE_ALARMS]
-    return max(near, key=lambda pair: pair[0])[1]
+    return [choice for _, choice in sorted(near, key=lambda pair: -pair[0])]
 
 
 @dataclass(frozen=True, slots=True)
