@@ -21,7 +21,7 @@ Built = tuple[Dialogue, str, tuple[Donor | None, ...]]  #: request, answer, dono
 _LOOK = "Look at the picture."
 _SIDES = (5, 12)  #: cells of a side, least and most
 
-#: families of questions (``demo.scenes.Fact``) that the bundled model answers, at least 95 % of each
+#: families of questions (``demo.scenes.Fact``) that the bundled model answers behind a picture, at least 95 % of each
 ANSWERED = frozenset({"value", "cell", "place", "shape"})
 #: formats of ``multi-hop`` and ``rules`` that it answers as well: they are held out too
 LEARNT: tuple[str, ...] = ()

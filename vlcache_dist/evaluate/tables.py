@@ -222,6 +222,15 @@ def _more(figures: Mapping[str, Any]) -> str:
     )
 
 
+def _abilities(figures: Mapping[str, Any]) -> str:
+    rows = figures["abilities"]
+    halves = {row["format"]: row["full_exact_match"] for row in rows}
+    families = dict.fromkeys(name.rpartition(", ")[0] for name in halves if name.endswith((", after", ", before")))
+    lines = [[name, f"{halves[f'{name}, after']:.2f}", f"{halves[f'{name}, before']:.2f}"] for name in families]
+    others = [[row["format"], f"{row['full_exact_match']:.2f}", ""] for row in rows if row["suite"] != "abilities"]
+    return _table(("question", "behind the picture", "before it"), [*lines, *others])
+
+
 def _ttft(figures: Mapping[str, Any]) -> str:
     return _table(
         ("plan", "time to first token", "of full"),
@@ -244,5 +253,6 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "repair": _repair,
     "shares": _shares,
     "more-suites": _more,
+    "abilities": _abilities,
     "ttft": _ttft,
 }
