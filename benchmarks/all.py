@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -63,7 +64,7 @@ def main() -> int:
         for part in chosen:
             print(_line(part))
         return 0
-    path = {"PYTHONPATH": str(ROOT)}
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     folder = options.out.resolve()
     campaign = Campaign(folder, options.scratch.resolve(), None if options.device == "cpu" else count, path)
     outcomes = campaign.run(chosen, options.minutes * 60)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from vlcache_dist import kernels
+from vlcache_dist.bench.device_time import Call, graph_us, median_us
 from vlcache_dist.kernels import backends
 from vlcache_dist.kernels.attention import segment_attention_reference
 from vlcache_dist.kernels.rotate_scatter import rotate_scatter_reference
@@ -32,33 +32,6 @@ KEYS = 16_384
 WIDTH = KV_HEADS * DIM
 DTYPE = torch.bfloat16
 SCALE = DIM**-0.5
-Call = Callable[[], object]
-
-
-def graph_us(calls: Sequence[Call], replays: int = 15) -> float:
-    """Microseconds per call: the median replay of a graph of all calls, over their number."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return _median_us(graph.replay, replays) / len(calls)
-
-
-def _median_us(run: Call, repeats: int) -> float:
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-    return statistics.median(times)
 
 
 def _error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -98,7 +71,7 @@ def copy_bandwidth() -> float:
     """GB/s, read plus written, of a device copy of 2 GB."""
     source = _normal(1 << 30)
     target = torch.empty_like(source)
-    us = _median_us(lambda: target.copy_(source), 20)
+    us = median_us(lambda: target.copy_(source), 20)
     return 2 * source.numel() * source.element_size() / us / 1e3
 
 

@@ -4,7 +4,7 @@
     python benchmarks/tune.py --json FILE --adopt    and use the choices from now on (in this source tree)
 
 Every candidate is compared with fp32 torch first; one that is wrong, or does not launch, is left out and said. Times
-are medians of graph replays (``benchmarks/kernels.py``). A launch of attention must not be slower than the default in
+are medians of graph replays. A launch of attention must not be slower than the default in
 any case by more than 2 %, and is chosen by the geometric mean over all. Fused SwiGLU is chosen per shape, from the row
 count on from which it is ahead of the library's product and the pointwise kernel behind it.
 """
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import DTYPE, SCALE, graph_us
+from triton.errors import TritonError
 
+from vlcache_dist.bench.device_time import graph_us
 from vlcache_dist.kernels.attention import segment_attention_reference
 from vlcache_dist.kernels.gpu import attention, swiglu, tuned
 from vlcache_dist.kernels.gpu.attention import AttentionConfig
@@ -31,6 +32,7 @@ from vlcache_dist.kernels.gpu.swiglu import SwigluConfig
 from vlcache_dist.kernels.linear import swiglu_reference
 
 HEADS, KV_HEADS, DIM, BLOCK = 28, 4, attention.TUNED_DIM, attention.TUNED_BLOCK
+DTYPE, SCALE = torch.bfloat16, DIM**-0.5
 DECODE = ((1, 16_384), (1, 32_768), (1, 2_048), (8, 2_048), (64, 2_048))  #: sequences, keys of each
 #: inputs, outputs, bias, rows: the language models of 7B, 3B and 32B, and the vision tower
 PRODUCTS = (
@@ -80,7 +82,7 @@ def measured(kernel: str, case: str, config: Any, error: Callable[[], float], us
         if not wrong <= WRONG:
             return Row(kernel, case, shown, None, f"relative error {wrong:.2g}")
         return Row(kernel, case, shown, us())
-    except (RuntimeError, ValueError) as problem:
+    except (RuntimeError, ValueError, TritonError) as problem:
         return Row(kernel, case, shown, None, f"{type(problem).__name__}: {problem}")
 
 
@@ -120,7 +122,7 @@ def measure_swiglu(inputs: int, outputs: int, biased: bool, rows: int, configs: 
     x = torch.randn(rows, inputs, device="cuda", dtype=DTYPE)
     weight = torch.randn(2 * outputs, inputs, device="cuda", dtype=DTYPE) / inputs**0.5
     bias = torch.randn(2 * outputs, device="cuda", dtype=DTYPE) if biased else None
-    few = slice(0, 128)
+    few = torch.linspace(0, rows - 1, 128, device="cuda").long()  # all would take the memory of a second product
     want = swiglu_reference(x[few].float(), weight.float(), None if bias is None else bias.float())
     case = f"{inputs} -> {outputs}, {rows} rows"
 

@@ -11,22 +11,19 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton", reason="only Linux has it")
+from triton.runtime.errors import OutOfResources
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def tune() -> Any:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("tune", BENCHMARKS / "tune.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["tune"] = module  # dataclasses look it up
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        sys.modules.pop("tune", None)
+    spec = importlib.util.spec_from_file_location("tune", BENCHMARKS / "tune.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tune"] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
 
 
 def rows(tune: Any, case: str, **us: float | None) -> list[Any]:
@@ -51,7 +48,7 @@ def test_swiglu_is_fused_from_where_it_is_ahead_on(tune: Any) -> None:
 
 def test_what_is_wrong_or_does_not_launch_is_not_timed(tune: Any) -> None:
     def fail() -> float:
-        raise RuntimeError("out of resource: shared memory")
+        raise OutOfResources(300_000, 232_448, "shared memory")
 
     config = tune.attention_candidates()[0]
     assert tune.measured("k", "c", config, lambda: 0.001, lambda: 5.0).us == 5.0

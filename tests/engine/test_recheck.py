@@ -183,3 +183,50 @@ def test_an_abort_between_the_passes_leaves_nothing() -> None:
     assert isinstance(sequence.spans[0].source, Reuse) and not result.tokens
     each.engine.abort(generation.request_id)
     each.assert_idle_but_objects()
+
+
+def test_an_answer_that_moved_is_given_another_pass() -> None:
+    """With x2 and a limit that the second pass exceeds and the third does not, the third answer is released; what was
+    drawn at first is not, and everything is computed only when the third moves as well."""
+    prompt = [BEFORE, "a", (1, 2), "b", QUESTION]
+    steps = []
+    for passes in (1, 2, 3):
+        each = world()
+        result = each.ask(prompt, plan=f"{plan('0', 30)}{f'x{passes}' if passes > 1 else ''}", max_tokens=2)
+        assert result.done is not None and all(r.escalated for r in result.done.reports)
+        steps.append(each.engine.stats().vision_layer_rows)
+        each.assert_idle_but_objects()
+    assert steps[0] < steps[1] < steps[2], "every pass computes"
+
+    each = world()
+    released = each.ask(prompt, plan=f"{plan('0', 100)}x2", max_tokens=3)
+    full = each.ask(prompt, reuse="off", max_tokens=3)
+    assert released.tokens == full.tokens and released.done is not None
+    # The second pass has computed every token: the third finds nothing to add, and moves by rounding at most.
+    each = world()
+    released = each.ask(prompt, plan=f"{plan('0.000001', 100)}x2", max_tokens=3)
+    assert released.done is not None and [r.why for r in released.done.reports] == ["rechecked"] * 2
+    assert released.tokens == full.tokens and released.done.discarded is None
+    each.assert_idle_but_objects()
+
+
+def test_a_new_picture_behind_an_alarm_is_computed_once() -> None:
+    """The second pass leaves it as the first one computed it; an escalation computes it again."""
+    each = world()
+    each.picture("new", (1, 8, 8))
+    prompt = [BEFORE, "a", (1, 2), "new", QUESTION]
+    before = each.engine.stats().vision_layer_rows
+    result = each.ask(prompt, plan=plan("900", 25), max_tokens=3)
+    layers = each.layout.num_layers
+    probes, attended_tokens, new = 2, 4, 16
+    assert each.engine.stats().vision_layer_rows - before == layers * (probes + probes + attended_tokens + new)
+    assert result.done is not None and [r.why for r in result.done.reports] == ["rechecked", ""]
+    full = world()
+    full.picture("new", (1, 8, 8))
+    exact = full.ask(prompt, plan=plan("0", 25), max_tokens=3)
+    off = full.ask(prompt, reuse="off", max_tokens=3)
+    assert exact.tokens == off.tokens
+    for ours, theirs in zip(exact.logprobs, off.logprobs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    each.assert_idle_but_objects()
+    full.assert_idle_but_objects()

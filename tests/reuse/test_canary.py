@@ -28,6 +28,7 @@ def test_probe_tokens_lead_and_stride() -> None:
         "none+canary:0,3,5<0.5",
         "uniform:5,min=2+canary:2,0,1<0.25,7<3",
         "none+canary:0,3,5<0.5,again:5@8<0.02",
+        "none+canary:0,3,5<0.5,again:5@8<0.02x3",
         "none+canary:1,2,1<1,5<0.5,again:0.5@9<0",
     ],
 )
@@ -62,6 +63,7 @@ def test_a_full_plan_needs_no_canary() -> None:
         "0,3,5<1,again:0@8<0.02",
         "0,3,5<1,again:101@8<0.02",
         "0,3,5<1,again:5<0.02",
+        "0,3,5<1,again:5@8<0.02x1",
         "0,3,5<1,again:5@8<0.02,again:5@8<0.02",
     ],
 )

@@ -25,6 +25,7 @@ class SpanWork:
     ``depths``: int [length], layers in which each token's K and V are recomputed; None for a fresh span (all).
     ``kv_base``: the KV extent to reuse (required with ``depths``). ``embed_base``: the encoder output (required
     where any token is computed). ``record_base``: where a fresh span's KV is recorded, None if it is not.
+    ``in_place``: what ``depths`` does not recompute lies in the pages already, and no extent is read.
     """
 
     start: int
@@ -33,6 +34,7 @@ class SpanWork:
     kv_base: int | None = None
     embed_base: int | None = None
     record_base: int | None = None
+    in_place: bool = False
     runs: tuple[Run, ...] = field(init=False)  #: of the whole span, in order
 
     def __post_init__(self) -> None:
@@ -234,7 +236,7 @@ def _scatter(
     src, tokens, slots, positions = [], [], [], []
     for chunk, own_slots in zip(chunks, chunk_slots, strict=True):
         for span in chunk.spans:
-            if span.depths is None:
+            if span.depths is None or span.in_place:
                 continue
             if span.kv_base is None:
                 raise ValueError(f"span at {span.start} is to be reused but has no KV extent")

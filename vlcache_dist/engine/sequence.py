@@ -28,12 +28,14 @@ class Handover:
 @dataclass(frozen=True, slots=True)
 class Doubt:
     """Span ``first`` alarmed, and a second pass is to tell whether that matters. ``logprobs`` fp32 [vocab]: the first
-    token's distribution in the first pass, ``drawn``: what was drawn from it."""
+    token's distribution in the pass before. ``drawn``: what was drawn in the first pass. ``passes``: that are left,
+    the one under way included."""
 
     first: int
     again: Again
     logprobs: np.ndarray
     drawn: tuple[int, TokenLogprobs | None]
+    passes: int
 
 
 @dataclass(slots=True)
@@ -281,7 +283,9 @@ class Sequence:
 
     def retry(self, first: int, chosen: dict[int, np.ndarray]) -> None:
         """Go back to span ``first`` for a second pass in which tokens ``chosen`` int64 [c] of some suspicious spans are
-        computed in every layer besides what was. All extents must still be held."""
+        computed in every layer besides what was. All extents must still be held. Pictures that nobody had are not
+        computed again: the pass before did so, over what was reused before them, and what they lack is what a little
+        more or less of that would have brought them."""
         for index, tokens in chosen.items():
             source = self.spans[index].source
             assert isinstance(source, Reuse)
@@ -289,6 +293,11 @@ class Sequence:
             depths[tokens] = self.num_layers
             self.spans[index].source = replace(source, depths=depths)
         self._go_back(first)
+        for state in self.spans[first:]:
+            if isinstance(state.source, Compute) and not state.cached:
+                nothing = np.zeros(state.span.length, np.int32)
+                state.work = SpanWork(state.span.start, state.span.length, nothing, in_place=True)
+        self._count_active()
 
     def suspicious(self, index: int) -> bool:
         """True for a reused span that can be computed after all when it, or one before it, has alarmed."""

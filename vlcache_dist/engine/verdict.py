@@ -4,6 +4,7 @@
 
     first pass ──calm──> released
         └─alarm─> second pass (if the plan has one) ──answer unmoved──> released, its blocks kept private
+                      ├─answer moved, and there are passes left─> once more, compared with the second
                       └─answer moved, or there is none─> from the alarming span on everything, from encoder output
 
 Nothing of it is released before its verdict. See ``reuse.canary`` and docs/reuse.md.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -80,14 +82,18 @@ class Verdicts:
         logprobs, paid = last_row(self._runner, sequence, again.layer)
         for index in range(first, len(sequence.spans)):
             self._lend(sequence, index, now)
-        sequence.doubt = Doubt(first, again, logprobs, drawn)
+        sequence.doubt = Doubt(first, again, logprobs, drawn, again.passes)
         sequence.retry(first, attended(sequence, first, again, paid))
         return True
 
     def _second(self, sequence: Sequence, doubt: Doubt) -> bool:
         sequence.doubt = None
-        after, _ = last_row(self._runner, sequence, doubt.again.layer)
+        after, paid = last_row(self._runner, sequence, doubt.again.layer)
         if moved(doubt.logprobs, after) > doubt.again.limit:
+            if doubt.passes > 1:
+                sequence.doubt = replace(doubt, logprobs=after, passes=doubt.passes - 1)
+                sequence.retry(doubt.first, attended(sequence, doubt.first, doubt.again, paid))
+                return True
             self._escalate(sequence, doubt.first, doubt.drawn)
             return True
         sequence.private_from = sequence.spans[doubt.first].span.start

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlcache_dist.errors import InvalidPlan
 from vlcache_dist.evaluate.dense import Captured
 from vlcache_dist.evaluate.scoring import kl_divergence
 from vlcache_dist.evaluate.trial import Answers, Deviation, Trial
@@ -34,6 +35,8 @@ def settle(
     trial: Trial, canary: Canary, fresh: np.ndarray, probes: np.ndarray, answers: Answers, seen: Deviation
 ) -> Settled:
     """``fresh`` bool [layer, B, M], ``answers`` and ``seen`` are the first pass', ``probes`` bool [B, M] its probes."""
+    if canary.again is not None and canary.again.passes > 1:
+        raise InvalidPlan(f"{canary}: only the engine makes more than one pass behind an alarm")
     size, layers = len(trial.cases), trial.num_layers
     with np.errstate(invalid="ignore"):
         ratios = np.sqrt(seen.dv / seen.v)

@@ -11,6 +11,9 @@ layers 5 and 6. A limit of 0 is always exceeded: reuse is tried, compared and th
 the other tokens of their span (rank one, in every layer), and the 10 % of the suspicious vision tokens that the
 prompt's last token attends to most in layer 8 are computed as well. If the first token's distribution moves by no more
 than 0.05 nats (KL of the second pass against the first), the second answer is released.
+
+``...,again:10@8<0.05x2``: an answer that moved is given another pass, with 10 % more tokens, chosen by what the last
+pass attended to, and compared with that one; and so on, so many passes in all, before everything is computed.
 """
 
 from __future__ import annotations
@@ -29,17 +32,18 @@ MAX_PROBES = 4096
 MAX_LIMIT = 1000.0
 _NUMBER = re.compile(r"[0-9]{1,4}")
 _LIMIT = re.compile(r"([0-9]{1,4})<([0-9]{1,4}(?:\.[0-9]{1,6})?)")
-_AGAIN = re.compile(r"again:([0-9]{1,3}(?:\.[0-9]{1,6})?)@([0-9]{1,4})<([0-9]{1,4}(?:\.[0-9]{1,6})?)")
+_AGAIN = re.compile(r"again:([0-9]{1,3}(?:\.[0-9]{1,6})?)@([0-9]{1,4})<([0-9]{1,4}(?:\.[0-9]{1,6})?)(?:x([2-9]))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Again:
     """The second pass behind an alarm: ``percent`` of the suspicious spans' tokens, chosen by the attention paid to
-    them in ``layer``; ``limit`` in nats."""
+    them in ``layer``; ``limit`` in nats; at most so many ``passes`` behind the first one."""
 
     percent: float
     layer: int
     limit: float
+    passes: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.percent <= 100:
@@ -50,7 +54,8 @@ class Again:
         return min(num_tokens, math.ceil(num_tokens * self.percent / 100 - 1e-9))
 
     def __str__(self) -> str:
-        return f"again:{_decimal(self.percent)}@{self.layer}<{_decimal(self.limit)}"
+        more = f"x{self.passes}" if self.passes > 1 else ""
+        return f"again:{_decimal(self.percent)}@{self.layer}<{_decimal(self.limit)}{more}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,7 @@ class Canary:
             if found is None:
                 raise InvalidPlan(f"canary {text!r}: {item!r} is not LAYER<LIMIT, as in 5<0.31")
             pairs.append((int(found[1]), float(found[2])))
-        second = None if again is None else Again(float(again[1]), int(again[2]), float(again[3]))
+        second = None if again is None else Again(float(again[1]), int(again[2]), float(again[3]), int(again[4] or 1))
         return cls(int(leading), int(strided), tuple(pairs), second)
 
     def __str__(self) -> str:
