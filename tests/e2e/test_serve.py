@@ -89,7 +89,7 @@ def text(value: str) -> dict[str, Any]:
     return {"type": "text", "text": value}
 
 
-def wait_for(condition: Any, patience_s: float = 60.0) -> None:
+def wait_for(condition: Any, patience_s: float = 120.0) -> None:
     deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
