@@ -78,7 +78,10 @@ def test_equal_budget(name: str) -> None:
     assert inverse.computed == LAYERS * 7 > inverse.fresh.sum(), "hidden states of later use are computed"
 
 
-@pytest.mark.parametrize("spelling", ["", "random:x", "random:", "inverse:5", "blend:-1", "epic:nan", "nonsense"])
+@pytest.mark.parametrize(
+    "spelling",
+    ["", "random:x", "random:", "inverse:5", "blend:-1", "epic:nan", "nonsense", "none+canary:0,3,5<1,again:5@8<1x2"],
+)
 def test_bad_policies(spelling: str) -> None:
     with pytest.raises(InvalidPlan):
         parse_policy(spelling)
