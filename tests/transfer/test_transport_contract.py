@@ -132,7 +132,8 @@ def test_a_stopped_peer_cannot_hold_a_reader(site: Site, reader: Reader, shared_
     shared_remote.stop()
     try:
         started = time.monotonic()
-        transfer = transport.read(shared_remote.info, [Piece(0, 0, 4 << 20)], 0.3)
+        patience_s = PATIENCE_S if site.stopped_peer_is_readable else 0.3
+        transfer = transport.read(shared_remote.info, [Piece(0, 0, 4 << 20)], patience_s)
         if site.stopped_peer_is_readable:
             transfer.future.result(PATIENCE_S)
         else:

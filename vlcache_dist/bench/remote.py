@@ -135,9 +135,7 @@ class BenchWorker:
                 await asyncio.sleep(0.01)
         self._elsewhere = 0
         remote = await self._repeat(span, plan, KVSource.REMOTE, runs)
-        before: EngineStats = self.worker.engine.stats()
-        trace = await self._until_there(lambda: self._traced(span, plan))
-        after: EngineStats = self.worker.engine.stats()
+        trace, streamed = await self._until_there(lambda: self._traced_alone(span, plan))
         fetch = [await self._fetch_ms(span) for _ in range(WARM_UP + runs)][WARM_UP:]
         await self._bring(span)
         local = await self._repeat(span, plan, KVSource.LOCAL, runs)
@@ -151,7 +149,7 @@ class BenchWorker:
             "ratio": statistics.median(remote + again) / statistics.median(local),
             "fetch_ms": statistics.median(fetch),
             "fetch_min_ms": min(fetch),
-            "streamed": after.spans_streamed > before.spans_streamed,
+            "streamed": streamed,
             "hidden": hidden_share(trace),
             "trace": trace,
             "fell_back": self._elsewhere,
@@ -258,6 +256,13 @@ class BenchWorker:
         if reply.reports[0].source is not source:
             raise Elsewhere(f"KV came from {reply.reports[0].source}, not {source}")
         return reply.token_id, took
+
+    async def _traced_alone(self, span: MediaSpan, plan: str) -> tuple[dict[str, Any], bool]:
+        """``_traced``, and whether that request was computed while its KV arrived."""
+        before: EngineStats = self.worker.engine.stats()
+        trace = await self._traced(span, plan)
+        after: EngineStats = self.worker.engine.stats()
+        return trace, after.spans_streamed > before.spans_streamed
 
     # -- what overlaps with what ----------------------------------------------------------------------------------
 
