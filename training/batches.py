@@ -265,12 +265,14 @@ def stream(encoder: Encoder, seed: int, tokens: int, hardness: Any, lessons: boo
 SIZES: tuple[Grid, ...] = ((8, 8), (6, 7), (9, 5))
 
 
-def validation(encoder: Encoder, per_family: int, sizes: Sequence[Grid] = SIZES) -> Iterator[Batch]:
+def validation(
+    encoder: Encoder, per_family: int, sizes: Sequence[Grid] = SIZES, lessons: bool = True
+) -> Iterator[Batch]:
     """The held-in split that picks the best checkpoint: fixed, one question per dialogue, pictures that training cannot
     draw. (The suite "held-out" of ``vlcache_dist.evaluate`` picks nothing.)"""
     for count in (1, 2, 3):
         for family in families(count):
-            draw = Draw(random.Random(f"validation {count} {family}"), VALIDATION_SEEDS)
+            draw = Draw(random.Random(f"validation {count} {family}"), VALIDATION_SEEDS, lessons=lessons)
             for grids in ([size] * count for size in sizes):
                 rows = [sample(draw, grids, 96, family, more=False) for _ in range(per_family)]
                 longest = max(len(encoder.encode(row)[0]) for row in rows)

@@ -60,12 +60,12 @@ class Schedule:
 def by_answer(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Cross entropy in which every answer counts the same, however long: who can read whole rows already learns most
     from the short answers that are still wrong."""
-    answers = len(batch.families)
     learnt = batch.target >= 0
-    length = torch.bincount(batch.answer, minlength=answers + 1)
-    weight = learnt / length[batch.answer]
+    # Sizes of the batch's shape alone: the step may be a CUDA graph.
+    length = torch.zeros(len(learnt) + 1, device=logits.device).scatter_add_(0, batch.answer, learnt.float())
+    weight = learnt / length[batch.answer].clamp(min=1)
     each = F.cross_entropy(logits, batch.target.clamp(min=0), reduction="none")
-    return (each * weight).sum() / answers
+    return (each * weight).sum() / weight.sum()
 
 
 class _Stream(torch.utils.data.IterableDataset):
@@ -241,7 +241,7 @@ class Trainer:
         """Exact match of whole answers on the held-in validation split, per family; the best checkpoint is kept."""
         vision, language = self.weights()
         found: dict[str, list[bool]] = defaultdict(list)
-        for batch in validation(Encoder(self.tokenizer), per_family, self.sizes):
+        for batch in validation(Encoder(self.tokenizer), per_family, self.sizes, not self.started):
             batch = batch.to(self.device)
             seen = forward(self.model.config, vision, language, batch, self.sprites)
             wrong = (seen.logits.argmax(-1) != batch.target).long()
