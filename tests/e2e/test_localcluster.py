@@ -60,7 +60,7 @@ CONFIG = ROOT / "deploy" / "serve" / "cpu-1e-2p-1d.yaml"
 
 def permitted() -> bool:
     try:
-        with namespaces(2, "probe"):
+        with namespaces(2, f"probe{os.getpid()}"):  # several processes collect at the same time
             return True
     except NoNamespaces:
         return False
