@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from vlcache_dist import wire
+from vlcache_dist.called_off import call_off
 from vlcache_dist.engine.api import Import
 from vlcache_dist.errors import StoreFull, TransferFailed, VLCacheError
 from vlcache_dist.kv.object_store import Extent
@@ -48,23 +50,18 @@ class Takeover:
 
     def drop(self) -> None:
         """End it. Idempotent; waits for nothing."""
-        if self._dropped:
-            return
-        self._dropped = True
-        self._task.cancel()
-        if self._task.done():
-            self._over(self._task)
-        else:
-            self._task.add_done_callback(self._over)
+        if not self._dropped:
+            self._dropped = True
+            call_off(self._task, self._came_in_vain)
 
     async def close(self) -> None:
         """``drop``, and until it is over."""
         self.drop()
         await asyncio.wait({self._task})
 
-    def _over(self, task: asyncio.Task[Handed]) -> None:
-        if not task.cancelled() and task.exception() is None and not self.taken:
-            give_back(self._node, task.result().kv)
+    def _came_in_vain(self, handed: Handed) -> None:
+        if not self.taken:
+            give_back(self._node, handed.kv)
 
     async def _with_patience(self, deadline: float) -> Handed:
         """Waits for room if the store is full of what other requests hold for a moment."""
@@ -98,7 +95,7 @@ class Takeover:
         except BaseException:
             give_back(self._node, _import(handoff, here))
             for index, task in fetches.items():
-                self._forgo(index, task)
+                call_off(task, partial(self._alone_in_vain, index))
             await asyncio.wait(fetches.values())
             raise
         images = [self._image_bytes(index) for index in fetches if index is not None]
@@ -107,18 +104,8 @@ class Takeover:
         here |= {index: task.result() for index, task in fetches.items()}
         return Handed(_import(handoff, here), moved, len(images))
 
-    def _forgo(self, index: int | None, task: asyncio.Task[Extent]) -> None:
-        """End a fetch and give back what it brings, now or when it is over."""
-
-        def over(task: asyncio.Task[Extent]) -> None:
-            if not task.cancelled() and task.exception() is None:
-                give_back(self._node, _import(self._message.handoff, {index: task.result()}))
-
-        task.cancel()
-        if task.done():
-            over(task)
-        else:
-            task.add_done_callback(over)
+    def _alone_in_vain(self, index: int | None, extent: Extent) -> None:
+        give_back(self._node, _import(self._message.handoff, {index: extent}))
 
     async def _image(self, span: wire.HandoffSpan) -> Extent:
         handoff = self._message.handoff

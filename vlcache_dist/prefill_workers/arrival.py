@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from vlcache_dist import wire
+from vlcache_dist.called_off import call_off
 from vlcache_dist.engine.bridge import OnEngine
 from vlcache_dist.errors import VLCacheError
 from vlcache_dist.kv.object_store import Extent
@@ -54,24 +55,16 @@ class Incoming:
         """End the fetch, and let go of what it brought unless that was taken. Idempotent. Waits for nothing, so that no
         cancellation can come between."""
         self.told = None
-        if self._dropped:
-            return
-        self._dropped = True
-        self._task.cancel()
-        if self._task.done():
-            self._over(self._task)
-        else:
-            self._task.add_done_callback(self._over)
+        if not self._dropped:
+            self._dropped = True
+            call_off(self._task, self._came_in_vain)
 
     async def close(self) -> None:
         """``drop``, and until the fetch is over."""
         self.drop()
         await asyncio.wait({self._task})
 
-    def _over(self, task: asyncio.Task[Extent | None]) -> None:
-        if task.cancelled() or task.exception() is not None:
-            return
-        extent = task.result()
+    def _came_in_vain(self, extent: Extent | None) -> None:
         if extent is not None and not self._taken:
             self._let_go(extent)
 
