@@ -29,10 +29,30 @@ from vlcache_dist.demo.scenes import Fact, Kind, Scene
 from vlcache_dist.evaluate.cases import Dialogue, Part, Shown
 
 Grid = tuple[int, int]
+PROSE = (
+    "a about above across again all also always an and another any are around as ask at back be because been before began "
+    "behind being below between big both bottom brother but by call came can car carry city close cold color come could "
+    "count counted country cut day did different do does done down draw dry each earth east easy eat end enough even ever "
+    "every eye face fact family far fast father feel few field find fire first fish five follow food foot for found four "
+    "from front full game gave get girl give go good got great green ground group grow had half hand happy hard has have "
+    "he head hear help her here high him his hold home horse hot hour how hundred i idea if in into is it its just keep "
+    "kind king know land language large last late learn left less let letter life light like line list little live long "
+    "look love low machine made make man many map mark may me mean men might mile mind money month more most mother "
+    "mountain move much must my name need never new next night no noon north not note nothing now number numbers of off "
+    "often on once one only open or order other our out over own page paper part pass people person picture piece place "
+    "plan plane plant platform play please point port pose press problem product question quick rain ran reach read ready "
+    "real red rest right road rock room round row rows rule run said same saw say school sea second see seem self sentence "
+    "set seven several shape she ship short should show side since sing six size sky sleep small snow so some song soon "
+    "sound south space special stand star start state station still stood stop such sun sure table take talk tell ten than "
+    "that the their them then there these they thing think this thought thousand three through time to today together told "
+    "too took top town train travel tree true try turn two under unit until up upon us use usual value very voice vowel "
+    "wait walk want war was watch way we week weight well went were west what wheel when where which while white who whole "
+    "why will wind with wonder wood word work world would write year yes yet you your"
+).split()  # common English
 TRAIN_SEEDS, VALIDATION_SEEDS = (0, 1 << 40), (1 << 41, 1 << 42)
 WEIGHTS = {
     "after": 6.0,
-    "prefix": 1.5,
+    "prefix": 3.0,
     "turns": 2.0,
     "needle": 1.5,
     "before": 3.0,
@@ -73,7 +93,8 @@ class Draw:
         return Shown(chosen, self.rng.randrange(*self.seeds), *grid)
 
     def fact(self, scene: Scene) -> Fact:
-        """A question of any family that the scene has: families are equally likely (but for ``SLOW``), not questions."""
+        """A question of any family that the scene has: families are equally likely (``SLOW`` ones twice as much), not
+        questions."""
         groups: dict[str, list[Fact]] = {}
         lessons = dense(scene, self.rng.random() > self.hardness) if self.lessons else ()
         for fact in (*scene.facts, *lessons):
@@ -88,8 +109,24 @@ class Draw:
             count -= length
         return text
 
+    def prose(self, count: int) -> str:
+        """Some ``count`` words that no rule, question or label is made of, as people write: what stands before a
+        picture must not be taken for an instruction because it is new."""
+        text = ""
+        while count > 0:
+            length = min(count, self.rng.randint(3, 14))
+            chosen = [self.rng.choice(PROSE) for _ in range(length)]
+            if self.rng.random() < 0.1:
+                chosen[-1] = str(self.rng.randrange(2000))
+            said = " ".join(chosen) + self.rng.choice(".....,;:!?")
+            text += (" " if text else "") + said[0].upper() + said[1:] + self.rng.choice((" ", "", "", "\n"))
+            count -= length
+        return text
+
     def system(self) -> str:
-        return f"You are a{self.words(self.rng.randint(3, 20))}" if self.rng.random() < 0.25 else ""
+        if self.rng.random() < 0.25:
+            return f"You are a{self.words(self.rng.randint(3, 20))}"
+        return self.prose(self.rng.randint(3, 20)) if self.rng.random() < 0.15 else ""
 
 
 def dense(scene: Scene, everything: bool) -> list[Fact]:
@@ -177,6 +214,8 @@ def _prefix(draw: Draw, grids: Sequence[Grid], room: int) -> Built:
     shown, follow = _one(draw, grids)
     question = follow()
     words = int(draw.hardness * draw.rng.randint(0, max(0, min(room - 30, 400))))
+    if draw.rng.random() < 0.6:
+        return (draw.prose(words // 2 + 1) + draw.rng.choice((" ", "\n", "\n\n")), shown, question[0]), question, follow
     return (f"{_LOOK}{draw.words(words)}\n", shown, question[0]), question, follow
 
 

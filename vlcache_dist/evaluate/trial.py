@@ -167,6 +167,24 @@ class Trial:
             self._lent = {key: self._lend(fresh, probes, first)}
         return self._lent[key]
 
+    def again(self, fresh: np.ndarray, kept: Captured, only: Sequence[int]) -> tuple[Answers, np.ndarray, np.ndarray]:
+        """``reuse`` of the cases ``only`` over ``kept`` (theirs, in their order). Besides the answers what a pass
+        behind an alarm is judged by, [layer, B, M]: |V fresh - V kept| / |V kept| of tokens that are fresh in every
+        layer, NaN elsewhere, and the attention that the prompt's last token pays, as in ``attention``."""
+        run = self._prepared(only, fresh, True, False, kept)
+        attention = Attention(run.last.to(self.bench.device))
+        rows = torch.arange(run.index.shape[1], device=self.bench.device).expand(len(only), -1)
+        hidden, seen = self.bench.dense.run(
+            run.x, run.index, run.positions, run.cache, run.mask, rows, run.shifts, attention
+        )
+        assert seen is not None
+        answers = self._answer(hidden[torch.arange(len(only)), run.last], run.cache, only)
+        dev = _deviation(_by_column(run, seen, len(self.known[0])), kept)
+        whole = fresh[:, only].all(0) & self.known[only]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            left = np.where(whole, np.sqrt(dev.dv) / np.maximum(np.sqrt(dev.v), 1e-12), np.nan)
+        return answers, left, self._paid(attention, only)
+
     def _lend(self, fresh: np.ndarray, probes: np.ndarray, first: Mapping[int, int]) -> tuple[Captured, np.ndarray]:
         picked = list(first)
         run = self._prepared(picked, fresh, True, False)
