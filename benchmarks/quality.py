@@ -141,7 +141,7 @@ def abilities(run: Run) -> None:
     """What the model answers when everything is computed."""
     found = []
     for suite in ("abilities", "rules", "multi-hop"):
-        rows = run.rows(f"abilities-{suite}", generate(suite, run.cases(3 * BATCH), TUNE_SEED + 30), ["full"])
+        rows = run.rows(f"abilities-{suite}", generate(suite, run.cases(2 * BATCH), TUNE_SEED + 30), ["full"])
         found += [{"suite": suite, **row} for row in rows if row["format"] != "all"]
     run.save(abilities=found)
     for row in found:
@@ -164,7 +164,7 @@ def calibration(run: Run) -> None:
 def held_out(run: Run) -> None:
     """All policies on the first batch of every format; on all of its batches those that matter, what those that judge
     themselves catch, and what probes see."""
-    cases = generate("held-out", run.cases(84), HELD_OUT_SEED)
+    cases = generate("held-out", run.cases(60), HELD_OUT_SEED)
     few = [case for group in by_format(cases).values() for case in group[:BATCH]]
     journal, shown, judging = run.journal("held-out", cases), run.plans(POLICIES), run.plans([WATCHED, *MANY])
     units = joined(
