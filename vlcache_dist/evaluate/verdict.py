@@ -83,12 +83,14 @@ def _again(
         for b in doubtful:
             _add_attended(trial, again, now, b, starts[b], paid[b])
         rows = [row[b] for b in doubtful]
-        after, left, attention = trial.again(now, Captured(kept.k[:, rows], kept.v[:, rows]), doubtful)
+        after, left, attention = trial.again(
+            now, Captured(kept.k[:, rows], kept.v[:, rows]), {b: starts[b] for b in doubtful}
+        )
         kl = kl_divergence(after.logprobs.cpu().numpy(), before.logprobs[doubtful].cpu().numpy())
         moved: list[int] = []
         for i, b in enumerate(doubtful):
             settled.computed[b] += int((now[:, b, starts[b] :] & trial.known[b, starts[b] :]).sum())
-            settled.others[b] += trial.num_layers * others_behind(trial, b, first[b])
+            settled.others[b] += trial.num_layers * _text_behind(trial, b, first[b])
             settled.moved[b] = kl[i]
             settled.left[:, b] = np.nanmean(left[:, i, starts[b] :], 1)
             paid[b] = attention[again.layer, i]
@@ -115,6 +117,13 @@ def others_behind(trial: Trial, b: int, span: int) -> int:
     """Rows of text and new pictures from the start of a span on."""
     tokens, start = trial.tokens[b], trial.columns[b][span].start
     return len(tokens.ids) - tokens.spans[span].start - int(trial.known[b, start:].sum())
+
+
+def _text_behind(trial: Trial, b: int, span: int) -> int:
+    """Rows of text from the start of a span on: all that a pass behind an alarm makes besides what it chose. New
+    pictures stay as the first pass left them."""
+    tokens = trial.tokens[b]
+    return len(tokens.ids) - tokens.spans[span].start - sum(s.length for s in tokens.spans[span:])
 
 
 def _first_alarm(trial: Trial, canary: Canary, ratios: np.ndarray, probes: np.ndarray, b: int) -> int | None:
