@@ -7,7 +7,7 @@
 Finished batches go to ``--work`` (a .jsonl per part): the same command goes on where a stopped one left off. Parts can
 be run by themselves (``--parts``), two commands side by side on different parts too; what others left in the JSON stays
 in it. ``held-out`` wants what ``calibration`` found. Tuning sees the suite ``tune`` with seeds below
-1,000 only; what is reported of ``held-out`` has seed 1,000 and above.
+1,000 only; what is reported of ``held-out`` has seed 2,000.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from vlcache_dist.reuse.guard import Guard, Shadow
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.reuse.plan_file import parse_plan_file
 
-TUNE_SEED, HELD_OUT_SEED = 0, 1000
+TUNE_SEED, HELD_OUT_SEED = 0, 2000
 SEEDS = (TUNE_SEED + 10, TUNE_SEED + 11, TUNE_SEED + 12)
-ROLE_CHANGES = ("swapped labels", "recorded with rows from the bottom")
+ROLE_CHANGES = ("swapped labels", "rows from the bottom, recorded without")
 UNCHANGED = "other text before"
 PROBE_SETS = [(0, 1), (1, 2), (0, 8), (0, 3)]
 POLICIES = [

@@ -289,7 +289,7 @@ _TUNE: dict[str, Callable[[_Draw], Built]] = {
     "same slot, asked first": _same_slot(0, 2),
     "swapped labels": _swapped,
     "alone, then one of two": _alone_then_labelled(2),
-    "recorded with rows from the bottom": _rule(_FROM_BELOW, "shapes", dropped=True),
+    "rows from the bottom, recorded without": _rule(_FROM_BELOW, "shapes"),
 }
 _MULTI_HOP: dict[str, Callable[[_Draw], Built]] = {
     "color across two pictures": _color_across,
@@ -297,7 +297,7 @@ _MULTI_HOP: dict[str, Callable[[_Draw], Built]] = {
 }
 _RULES: dict[str, Callable[[_Draw], Built]] = {
     "numbers backwards, recorded without": _rule(_BACKWARDS, "form"),
-    "rows from the bottom, recorded without": _rule(_FROM_BELOW, "shapes"),
+    "recorded with rows from the bottom": _rule(_FROM_BELOW, "shapes", dropped=True),
 }
 _HELD_OUT: dict[str, Callable[[_Draw], Built]] = {
     "other system prompt": _other_system,
