@@ -6,8 +6,8 @@
 
 Finished batches go to ``--work`` (a .jsonl per part): the same command goes on where a stopped one left off. Parts can
 be run by themselves (``--parts``), two commands side by side on different parts too; what others left in the JSON stays
-in it. ``held-out`` and ``more-suites`` want what ``calibration`` found. Tuning sees the suite ``tune`` with seeds below
-1,000 only; what is reported of ``held-out`` has seed 1,000 and above.
+in it. ``held-out`` wants what ``calibration`` found. Tuning sees the suite ``tune`` with seeds below
+1,000 only; what is reported of ``held-out`` has seed 2,000.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from vlcache_dist.reuse.guard import Guard, Shadow
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.reuse.plan_file import parse_plan_file
 
-TUNE_SEED, HELD_OUT_SEED = 0, 1000
+TUNE_SEED, HELD_OUT_SEED = 0, 2000
 SEEDS = (TUNE_SEED + 10, TUNE_SEED + 11, TUNE_SEED + 12)
-ROLE_CHANGES = ("swapped labels", "alone, then one of two")
+ROLE_CHANGES = ("swapped labels", "rows from the bottom, recorded without")
 UNCHANGED = "other text before"
 PROBE_SETS = [(0, 1), (1, 2), (0, 8), (0, 3)]
 POLICIES = [
     *("full", "none", "unrotated", "mpic:4", "shift:1", "pyramid:10-0", "inverse:0-10"),
     *(f"{name}:{percent}" for percent in BUDGETS for name in ("uniform", "blend", "calibrated")),
     *("random:5", "last:5", "epic:5", "random:20", "last:20", "epic:20"),
-    *("attend:3@8+shift:1", "canary", "calibrated", "guarded"),
+    *("attend:3@8+shift:1", "canary", "calibrated", "guarded once", "guarded"),
 ]
-MANY = ["none", "uniform:5", "calibrated:5", "canary", "calibrated", "guarded"]
+MANY = ["none", "uniform:5", "calibrated:5", "canary", "calibrated", "guarded once", "guarded"]
 WATCHED = "none+canary:0,3,5<1000"  #: the first pass of ``guarded``, and nobody judges it
 
 
@@ -138,11 +138,10 @@ def unique(names: dict[str, str]) -> list[str]:
 
 
 def abilities(run: Run) -> None:
-    """What the model answers when everything is computed: what the other suites may ask
-    (``evaluate.generated.ANSWERED``, ``LEARNT``)."""
+    """What the model answers when everything is computed."""
     found = []
     for suite in ("abilities", "rules", "multi-hop"):
-        rows = run.rows(f"abilities-{suite}", generate(suite, run.cases(BATCH), TUNE_SEED + 30), ["full"])
+        rows = run.rows(f"abilities-{suite}", generate(suite, run.cases(2 * BATCH), TUNE_SEED + 30), ["full"])
         found += [{"suite": suite, **row} for row in rows if row["format"] != "all"]
     run.save(abilities=found)
     for row in found:
@@ -165,7 +164,7 @@ def calibration(run: Run) -> None:
 def held_out(run: Run) -> None:
     """All policies on the first batch of every format; on all of its batches those that matter, what those that judge
     themselves catch, and what probes see."""
-    cases = generate("held-out", run.cases(84), HELD_OUT_SEED)
+    cases = generate("held-out", run.cases(60), HELD_OUT_SEED)
     few = [case for group in by_format(cases).values() for case in group[:BATCH]]
     journal, shown, judging = run.journal("held-out", cases), run.plans(POLICIES), run.plans([WATCHED, *MANY])
     units = joined(
@@ -179,7 +178,7 @@ def held_out(run: Run) -> None:
     outcomes = {name: [o for o in many if o.policy == spelling] for name, spelling in judging.items()}
     verdicts = {
         name: detector.verdicts(outcomes[WATCHED], outcomes[name])
-        for name in ("canary", "calibrated", "guarded")
+        for name in ("canary", "calibrated", "guarded once", "guarded")
         if name in outcomes
     }
     del judging[WATCHED]
@@ -207,15 +206,6 @@ def detector_tune(run: Run) -> tuple[list[Case], Journal]:
     tuning = run.journal("detector", tune)
     run.do("detector", sighting_units(tune, PROBE_SETS, tuning), tuning)
     return tune, tuning
-
-
-def more_suites(run: Run) -> None:
-    rows = []
-    for suite in ("multi-hop", "rules"):
-        cases = generate(suite, run.cases(BATCH), HELD_OUT_SEED)
-        found = run.rows(suite, cases, ["none", "uniform:5", "calibrated:5", "guarded"])
-        rows += [{"suite": suite, **row} for row in found]
-    run.save(more_suites=rows)
 
 
 def seeds(run: Run) -> None:
@@ -296,7 +286,6 @@ PARTS: dict[str, Callable[[Run], object]] = {
     "positions": positions,
     "guard": guard,
     "held-out": held_out,
-    "more-suites": more_suites,
     "ttft": ttft,
 }
 

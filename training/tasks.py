@@ -24,6 +24,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from training.words import PROSE
 from vlcache_dist.demo.questions import WORDS
 from vlcache_dist.demo.scenes import Fact, Kind, Scene
 from vlcache_dist.evaluate.cases import Dialogue, Part, Shown
@@ -32,18 +33,20 @@ Grid = tuple[int, int]
 TRAIN_SEEDS, VALIDATION_SEEDS = (0, 1 << 40), (1 << 41, 1 << 42)
 WEIGHTS = {
     "after": 6.0,
-    "prefix": 1.5,
+    "prefix": 3.0,
     "turns": 2.0,
     "needle": 1.5,
     "before": 3.0,
     "rule": 1.5,
-    "labelled": 5.0,
-    "ordinal": 1.5,
-    "reference": 2.0,
+    "labelled": 7.0,
+    "ordinal": 2.0,
+    "reference": 3.0,
 }
 SINGLE = ("after", "prefix", "turns", "needle", "before", "rule")
 _ORDINALS = ("first", "second", "third")
 _LOOK = "Look at the picture."
+SLOW = ("label", "place")  #: families of facts that are learnt last, and asked twice as often as others
+ASKED_FIRST = 0.45  #: share of labelled series whose question stands before the pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +74,13 @@ class Draw:
         return Shown(chosen, self.rng.randrange(*self.seeds), *grid)
 
     def fact(self, scene: Scene) -> Fact:
-        """A question of any family that the scene has: families are equally likely, not questions."""
+        """A question of any family that the scene has: families are equally likely (``SLOW`` ones twice as much), not
+        questions."""
         groups: dict[str, list[Fact]] = {}
         lessons = dense(scene, self.rng.random() > self.hardness) if self.lessons else ()
-        for fact in (*scene.facts, *scene.hard, *lessons):
+        for fact in (*scene.facts, *lessons):
             groups.setdefault(fact.family, []).append(fact)
-        return self.rng.choice(groups[self.rng.choice(sorted(groups))])
+        return self.rng.choice(groups[self.rng.choice([*sorted(groups), *(name for name in SLOW if name in groups)])])
 
     def words(self, count: int) -> str:
         text = ""
@@ -86,8 +90,24 @@ class Draw:
             count -= length
         return text
 
+    def prose(self, count: int) -> str:
+        """Some ``count`` words that no rule, question or label is made of, as people write: what stands before a
+        picture must not be taken for an instruction because it is new."""
+        text = ""
+        while count > 0:
+            length = min(count, self.rng.randint(3, 14))
+            chosen = [self.rng.choice(PROSE) for _ in range(length)]
+            if self.rng.random() < 0.1:
+                chosen[-1] = str(self.rng.randrange(2000))
+            said = " ".join(chosen) + self.rng.choice(".....,;:!?")
+            text += (" " if text else "") + said[0].upper() + said[1:] + self.rng.choice((" ", "", "", "\n"))
+            count -= length
+        return text
+
     def system(self) -> str:
-        return f"You are a{self.words(self.rng.randint(3, 20))}" if self.rng.random() < 0.25 else ""
+        if self.rng.random() < 0.25:
+            return f"You are a{self.words(self.rng.randint(3, 20))}"
+        return self.prose(self.rng.randint(3, 20)) if self.rng.random() < 0.15 else ""
 
 
 def dense(scene: Scene, everything: bool) -> list[Fact]:
@@ -175,6 +195,8 @@ def _prefix(draw: Draw, grids: Sequence[Grid], room: int) -> Built:
     shown, follow = _one(draw, grids)
     question = follow()
     words = int(draw.hardness * draw.rng.randint(0, max(0, min(room - 30, 400))))
+    if draw.rng.random() < 0.6:
+        return (draw.prose(words // 2 + 1) + draw.rng.choice((" ", "\n", "\n\n")), shown, question[0]), question, follow
     return (f"{_LOOK}{draw.words(words)}\n", shown, question[0]), question, follow
 
 
@@ -187,13 +209,17 @@ def _before(draw: Draw, grids: Sequence[Grid], room: int) -> Built:
 def _needle(draw: Draw, grids: Sequence[Grid], room: int) -> Built:
     shown = draw.shown(grids[0], "form")
     scene = shown.scene()
-    fact = draw.rng.choice(scene.facts)
+    fact = draw.rng.choice(_values(scene))
     label = fact.question.removeprefix("What is the value of ").removesuffix("?")
     spare = int(draw.hardness * max(0, min(room - 40, 300)))
     first, second = draw.rng.randint(0, spare // 2), draw.rng.randint(0, spare // 2)
     text = f"{_LOOK}{draw.words(first)} The code word is {label}.{draw.words(second)}\n"
     question = "What is the value of the code word?"
     return (text, shown, question), (question, fact.answer, "value"), lambda: _ask(draw, scene)
+
+
+def _values(scene: Scene) -> list[Fact]:
+    return [fact for fact in scene.facts if fact.family == "value"]
 
 
 def _rule(draw: Draw, grids: Sequence[Grid], room: int) -> Built:
@@ -204,7 +230,7 @@ def _rule(draw: Draw, grids: Sequence[Grid], room: int) -> Built:
         rule = "Write numbers backwards."
 
         def ask() -> Question:
-            fact = draw.rng.choice(scene.facts)
+            fact = draw.rng.choice(_values(scene))
             return fact.question, fact.answer[::-1], "backwards"
     else:
         shown = draw.shown(grids[0], "shapes")
@@ -243,7 +269,7 @@ def _labelled(draw: Draw, grids: Sequence[Grid], room: int) -> Built:
         return _ask(draw, scenes[index], f"In picture {index + 1}, ")
 
     question = ask()
-    if draw.rng.random() < 0.3:
+    if draw.rng.random() < ASKED_FIRST:
         return (question[0] + "\n", *_labels(pictures)), question, ask
     return (*_labels(pictures), question[0]), question, ask
 

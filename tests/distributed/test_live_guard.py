@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 from pools import Answer, Pools, picture
 
+from vlcache_dist.demo.pictures import Picture, draw
 from vlcache_dist.reuse.books import Shadow
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.types import ReuseMode
 
 pytestmark = pytest.mark.asyncio
+SEEDS = range(22, 34)
 WATCHED = "none+canary:0,3,5<0.5"
 
 
@@ -23,37 +26,56 @@ async def alone(pools: Pools, seed: int, **options: Any) -> Answer:
     return await pools.ask(picture(seed), picture(seed).facts[0].question, **options)
 
 
-async def second_of_two(pools: Pools, first: int, second: int, **options: Any) -> Answer:
+async def second_of_two(pools: Pools, first: int, second: int, before: str = "", **options: Any) -> Answer:
     question = picture(second).facts[0].question
     asked = f"In picture 2, {question[0].lower()}{question[1:]}"
-    return await pools.ask("Picture 1: ", picture(first), "\nPicture 2: ", picture(second), asked, **options)
+    return await pools.ask(f"{before}Picture 1: ", picture(first), "\nPicture 2: ", picture(second), asked, **options)
+
+
+@functools.cache
+def shapes(seed: int) -> Picture:
+    return draw("shapes", seed=seed)
+
+
+def place(row: int) -> str:
+    return f"What is at row {row}, column 1?"
+
+
+def truth(seed: int, row: int) -> str:
+    return next(fact.answer for fact in shapes(seed).facts if fact.question == place(row))
+
+
+async def ruled(pools: Pools, seed: int, **options: Any) -> Answer:
+    """The rule stands before the picture and concerns its tokens: KV recorded without it says what is at the top."""
+    return await pools.ask("Rows are counted from the bottom.\n", shapes(seed), place(1), **options)
 
 
 async def test_an_injected_bad_plan_is_switched_off_and_only_where_it_fails() -> None:
-    """Reuse without any recomputation, pictures recorded in the opposite order: nearly all answers are wrong. The same
-    plan is right for single pictures."""
-    seeds = [(20, 21), (22, 23), (24, 25), (26, 27), (28, 29), (30, 31), (32, 33), (34, 35)]
+    """Reuse without any recomputation, pictures recorded without the rule that they are asked under: nearly all
+    answers are wrong. The same plan is right for pairs of pictures that keep their places."""
     async with Pools(prefills=1, guard_budget=0.02, guard_sampling=1.0) as pools:
-        for a, b in seeds:
-            await second_of_two(pools, b, a, reuse=ReuseMode.EXACT, max_tokens=1)
+        for seed in SEEDS:
+            await pools.ask(shapes(seed), place(1), reuse=ReuseMode.EXACT, max_tokens=1)
         wrong = 0
-        for a, b in seeds:
-            answer = await second_of_two(pools, a, b, plan="none", max_tokens=4)
-            wrong += answer.text != picture(b).facts[0].answer
+        for seed in SEEDS:
+            answer = await ruled(pools, seed, plan="none", max_tokens=6)
+            wrong += answer.text != truth(seed, 4)
             await pools.until(lambda: not guard(pools)["pending"])
             await pools.drained()
-        books = guard(pools)["formats"]["2 pictures"]
+        books = guard(pools)["formats"]["1 picture"]
         assert wrong > 0 and books["missed_alarms"] >= 2
         assert books["level"] == "off", books
         assert books["trips"] == 1 and books["kl"] > 1
 
-        last = await second_of_two(pools, *seeds[0], plan="none", max_tokens=4)
-        assert last.text == picture(seeds[0][1]).facts[0].answer
+        last = await ruled(pools, SEEDS[0], plan="none", max_tokens=6)
+        assert last.text == truth(SEEDS[0], 4)
         assert last.done.vlcache["guard"] == "off"
         assert guard(pools)["shadows"]["in_line"] >= 1, "at off, reuse is tried in line and compared"
 
-        one = await pools.ask("The river.\n", picture(20), picture(20).facts[0].question, plan="none")
-        assert one.done.vlcache["guard"] == "normal" and one.sources == ["local"]
+        await second_of_two(pools, 20, 21, reuse=ReuseMode.EXACT, max_tokens=1)
+        two = await second_of_two(pools, 20, 21, plan="none", before="A stone.\n")
+        assert two.done.vlcache["guard"] == "normal" and two.sources == ["local"] * 2
+        assert two.text == picture(21).facts[0].answer
         await pools.drained()
 
 
@@ -98,14 +120,13 @@ def levels(pools: Pools, format_: str) -> list[str]:
 async def test_workers_keep_common_books() -> None:
     """Requests take turns at two workers. What is seen at one counts at both; a worker that is started again, and a
     directory that lost everything, take up the level; clean runs, half of them at each, lead back."""
-    name = "2 pictures"
-    seeds = [(20, 21), (22, 23), (24, 25), (26, 27), (28, 29), (30, 31), (32, 33), (34, 35)]
+    name = "1 picture"
     async with Pools(prefills=2, guard_budget=0.02, guard_sampling=1.0, serve={"placement": "round-robin"}) as pools:
-        for a, b in seeds:
-            await second_of_two(pools, b, a, reuse=ReuseMode.EXACT, max_tokens=1)
-        for a, b in seeds:
+        for seed in SEEDS:
+            await pools.ask(shapes(seed), place(1), reuse=ReuseMode.EXACT, max_tokens=1)
+        for seed in SEEDS:
             for _ in range(2):  # one at each
-                await second_of_two(pools, a, b, plan="none", max_tokens=1)
+                await ruled(pools, seed, plan="none", max_tokens=1)
             await pools.until(lambda: not any(p.shadows.status()["pending"] for p in pools.prefills))
             if "off" in levels(pools, name):
                 break

@@ -20,6 +20,12 @@ JUMPY, CALM = "1,2,5<0.000001", "1,2,5<900"
 
 
 @lru_cache
+def shapes(seed: int) -> dict[str, Any]:
+    data = base64.b64encode(draw("shapes", seed).png()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+
+@lru_cache
 def part(seed: int) -> dict[str, Any]:
     data = base64.b64encode(draw("form", seed).png()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
@@ -35,6 +41,15 @@ def user(*parts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def ask(seed: int) -> str:
     return draw("form", seed).facts[0].question
+
+
+def place(row: int) -> str:
+    return f"What is at row {row}, column 1?"
+
+
+def ruled(seed: int) -> list[dict[str, Any]]:
+    """Under a rule that the picture's tokens must know."""
+    return user(text("Rows are counted from the bottom.\n"), shapes(seed), text(place(1)))
 
 
 def swapped() -> list[dict[str, Any]]:
@@ -72,15 +87,38 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_harmful_reuse_is_seen_and_undone(llm: LLM) -> None:
-    full = llm.chat(swapped(), ONE_TOKEN, reuse="off")
-    blind = llm.chat(swapped(), ONE_TOKEN, plan="none")
-    assert full.text == draw("form", 2).facts[0].answer
-    assert blind.text != full.text, "reuse must fail here, or the test proves nothing"
-    watched = llm.chat(swapped(), ONE_TOKEN, plan="none+canary:1,2,5<0.5")
-    assert same(watched, full)
-    assert [report.escalated for report in watched.vlcache] == [True, True]
-    assert all(report.deviation > 1 for report in watched.vlcache)
-    assert [report.reused_tokens for report in watched.vlcache] == [0, 0]
+    """A picture that is asked about under a rule, and was recorded without it."""
+    for seed in (24, 25, 27):
+        llm.chat(user(shapes(seed), text(place(1))), ONE_TOKEN, plan="full")
+        full = llm.chat(ruled(seed), ONE_TOKEN, reuse="off")
+        blind = llm.chat(ruled(seed), ONE_TOKEN, plan="none")
+        truth = {fact.question: fact.answer for fact in draw("shapes", seed).facts}
+        assert full.text == truth[place(4)]
+        assert blind.text == truth[place(1)] != full.text, "reuse must fail here, or the test proves nothing"
+        for plan in ("none+canary:1,2,5<0.5", "guarded"):
+            watched = llm.chat(ruled(seed), ONE_TOKEN, plan=plan)
+            assert same(watched, full)
+            (report,) = watched.vlcache
+            assert report.escalated and report.deviation > 1 and report.reused_tokens == 0
+
+
+def test_a_loan_that_does_not_fit_is_not_believed(llm: LLM) -> None:
+    """A rule moves every row of a picture in its own way. An answer that a second pass leaves where it was is still
+    wrong then; what is left between loan and tokens tells, in the first pass behind the alarm, and no other is made."""
+    once, fits = "none+canary:0,3,5<0.42,again:5@8<1000", ",left:7<0.35"
+    wrong = 0
+    for seed in (24, 25, 27):
+        llm.chat(user(shapes(seed), text(place(1))), ONE_TOKEN, plan="full")
+        full = llm.chat(ruled(seed), ONE_TOKEN, reuse="off")
+        wrong += llm.chat(ruled(seed), ONE_TOKEN, plan=once).text != full.text
+        passes = llm.engine.stats().steps
+        undone = llm.chat(ruled(seed), ONE_TOKEN, plan=once + "x3" + fits)
+        assert same(undone, full) and undone.vlcache[0].why == "canary"
+        warm, again, everything = 1, 1, 1
+        assert llm.engine.stats().steps - passes == warm + again + everything + len(undone.token_ids) - 1
+    assert wrong, "without the limit a wrong answer must be released here"
+    before = llm.chat(swapped(), ONE_TOKEN, plan=once + fits)
+    assert {report.why for report in before.vlcache} == {"rechecked"}, "a loan that fits is"
 
 
 def test_who_configures_nothing_gets_the_right_answer(llm: LLM) -> None:

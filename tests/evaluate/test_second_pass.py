@@ -31,10 +31,12 @@ from vlcache_dist.evaluate.ttft import openai_messages
 from vlcache_dist.evaluate.workbench import Workbench
 from vlcache_dist.evaluate.workers import BenchSpec
 from vlcache_dist.reuse.canary import Canary
+from vlcache_dist.reuse.plan_file import resolve_plan
 
 torch.set_num_threads(1)
 SPEC = BenchSpec("tiny", "cpu", "float32")
-GUARDED = "none+canary:0,3,5<0.42,again:5@8<0.02"
+GUARDED = str(resolve_plan("guarded", model="", num_layers=10))
+ONCE = GUARDED.replace("x2,", ",")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def bench() -> Workbench:
 
 
 def role_changes(count: int) -> list[Case]:
-    wanted = ("long prefix", "sliding window", "alone, then one of three")
+    wanted = ("long prefix", "sliding window", "alone, then one of three", "recorded with rows from the bottom")
     return [case for case in generate("held-out", count, seed=8) if case.format in wanted]
 
 
@@ -75,17 +77,19 @@ def test_the_engine_comes_to_the_same_verdicts_and_answers(bench: Workbench) -> 
 
 
 def test_every_pass_is_counted(bench: Workbench) -> None:
-    cases = [case for case in role_changes(3) if case.format == "sliding window"]
+    wanted = ("sliding window", "question first, pictures swapped")
+    cases = [case for case in generate("held-out", 6, seed=8) if case.format in wanted]
     kinds = {}
-    for outcome in evaluate(bench, cases, [parse_policy(GUARDED)]):
+    for outcome in evaluate(bench, cases, [parse_policy(ONCE)]):
         kinds[outcome.rechecked, outcome.escalated] = outcome
     rechecked, escalated = kinds[True, False], kinds[False, True]
     for outcome, everything in ((rechecked, 0), (escalated, 1)):
         tokens = outcome.reused_tokens
         twice = 2 * 6 / tokens  # three probes of either reused picture
-        assert outcome.computed_share == pytest.approx(twice + -(-tokens // 20) / tokens + everything)
+        assert outcome.computed_share == pytest.approx(twice + -(-tokens // 25) / tokens + everything)
     assert rechecked.moved is not None and escalated.moved is not None
     assert rechecked.moved <= 0.02 < escalated.moved
+    assert rechecked.left is not None and len(rechecked.left) == 10 and rechecked.left[6] <= 0.33
     always = next(evaluate(bench, cases[:1], [parse_policy(second_pass(5, 8))]))
     tokens = always.reused_tokens
     assert always.rechecked and always.computed_share == pytest.approx((2 * 2 + -(-tokens // 20)) / tokens)
@@ -110,8 +114,12 @@ def outcome(policy: str, **changes: object) -> Outcome:
     return replace(plain, policy=policy, **changes)  # type: ignore[arg-type]
 
 
-def fake(moved: Sequence[float], wrong: Sequence[bool], costs: dict[float, float]) -> object:
-    """A measurement of as many alarms, the first half of them harmful, and as many calm cases."""
+def fake(
+    moved: Sequence[float], wrong: Sequence[bool], costs: dict[float, float], left: Sequence[float] = ()
+) -> object:
+    """A measurement of as many alarms, the first half of them harmful, and as many calm cases. ``left``: of each alarm
+    in layer 1 of two. A third pass releases what fits, rightly, for 1 % more."""
+    left = left or [0.1] * len(moved)
 
     def measure(spellings: Sequence[str]) -> dict[str, list[Outcome]]:
         found = {}
@@ -121,9 +129,28 @@ def fake(moved: Sequence[float], wrong: Sequence[bool], costs: dict[float, float
             if "again" in spelling:
                 percent = float(spelling.partition("again:")[2].partition("@")[0])
                 extra = 0.05 + costs[percent]
+                again = Canary.parse(spelling.partition("canary:")[2]).again
+                assert again is not None
+                if again.passes > 1:
+                    fits = [again.fits(np.array([0.2, one])) for one in left]
+                    found[spelling] = [
+                        outcome(
+                            spelling, alarmed=True, rechecked=f, escalated=not f, computed_share=extra + 0.01 + (not f)
+                        )
+                        for f in fits
+                    ] + calm
+                    continue
                 found[spelling] = [
-                    outcome(spelling, alarmed=True, rechecked=True, moved=m, kl=8.0 * w, computed_share=extra)
-                    for m, w in zip(moved, wrong, strict=True)
+                    outcome(
+                        spelling,
+                        alarmed=True,
+                        rechecked=True,
+                        moved=m,
+                        kl=8.0 * w,
+                        computed_share=extra,
+                        left=[0.2, one],
+                    )
+                    for m, w, one in zip(moved, wrong, left, strict=True)
                 ] + calm
             elif "<1000" in spelling:
                 found[spelling] = [outcome(spelling, kl=8.0 * (i < half)) for i in range(len(moved))] + calm
@@ -143,10 +170,27 @@ def test_the_cheapest_second_pass_within_the_bound_is_chosen() -> None:
     costs = {percent: percent / 100 for percent in PERCENTS}
     again, record = choose_second_pass(fake(moved, wrong, costs), "none", CANARY, [8], 0.01)  # type: ignore[arg-type]
     assert again is not None and (again.percent, again.layer) == (PERCENTS[0], 8) and again.limit < 0.1
-    assert (record["alarms"], record["harmful"], record["released"], record["released_harmful"]) == (20, 10, 10, 0)
+    assert again.passes == 2 and again.left is None, (
+        "a third pass is cheaper, and nothing is wrong without having moved"
+    )
+    assert (record["alarms"], record["harmful"], record["released"], record["released_harmful"]) == (20, 10, 20, 0)
     assert record["computed_share_without"] == pytest.approx((1.05 + 0.05) / 2)
-    assert record["computed_share"] == pytest.approx((0.05 + costs[2.0] + 0.5 + 0.05) / 2)
+    assert record["computed_share"] == pytest.approx((0.05 + costs[2.0] + 0.01 + 0.05) / 2)
     assert record["computed_share_calm"] == pytest.approx(0.05)
+    once = next(one for one in record["tried"] if one["again"] == str(replace(again, passes=1)))
+    assert (once["released"], once["released_harmful"]) == (10, 0)
+    assert once["computed_share"] == pytest.approx((0.05 + costs[2.0] + 0.5 + 0.05) / 2)
+
+
+def test_what_is_wrong_without_having_moved_is_told_by_what_is_left() -> None:
+    moved, wrong = [5.0] * 6 + [0.0] * 14, [True] * 10 + [False] * 10
+    left = [0.2] * 6 + [0.9] * 4 + [0.1] * 10
+    costs = {percent: percent / 100 for percent in PERCENTS}
+    again, record = choose_second_pass(fake(moved, wrong, costs, left), "none", CANARY, [8], 0.0)  # type: ignore[arg-type]
+    assert again is not None and again.left is not None
+    layer, limit = again.left
+    assert layer == 1 and 0.1 < limit < 0.9
+    assert (record["released"], record["released_harmful"]) == (16, 0)
 
 
 @pytest.mark.parametrize(("moved", "why"), [(5.0, "nothing is released"), (0.0, "what is wrong does not move")])
@@ -190,7 +234,8 @@ def test_what_a_plan_that_judges_itself_catches() -> None:
 
 def test_names_stand_for_spellings(tmp_path: Path) -> None:
     found = spell_out(["off", "guarded", "canary", "pyramid", "uniform:5"], model="m", num_layers=10)
-    assert found["off"] == "full" and found["guarded"] == GUARDED and found["canary"] == "none+canary:0,3,5<0.42"
+    assert found["off"] == "full" and found["guarded"] == GUARDED and found["canary"] == GUARDED.partition(",again")[0]
+    assert spell_out(["guarded once"], model="m", num_layers=10) == {"guarded once": ONCE}
     assert parse_policy(found["pyramid"]) and found["uniform:5"] == "uniform:5"
     with pytest.raises(InvalidPlan, match="--plan"):
         spell_out(["calibrated"], model="m", num_layers=10)
@@ -206,6 +251,7 @@ def test_names_stand_for_spellings(tmp_path: Path) -> None:
 def test_calibration_chooses_a_second_pass_that_the_engine_serves(tmp_path: Path) -> None:
     tune = generate("tune", 4, seed=7)
     cases = [case for case in tune if case.format in ("swapped labels", "alone, then one of two")]
+    cases += [case for case in tune if case.format == "rows from the bottom, recorded without"][:2]
     cases += [case for case in tune if case.format == "question first"][:1]
     checkpoint = open_checkpoint(SPEC)
     work = Calibration(SPEC, Journal(None, {}), 1, lambda *at: None)

@@ -159,3 +159,34 @@ def test_a_limit_at_a_stated_false_alarm_rate() -> None:
     assert limit_at(values, harmful, 1.0).caught == 1
     with pytest.raises(ValueError, match="both kinds"):
         limit_at(values, np.ones(1000, bool), 0.05)
+
+
+def test_what_is_left_of_a_loan_is_judged_in_one_layer() -> None:
+    canary = Canary.parse("0,3,5<0.42,again:5@8<0.02x2,left:7<0.35")
+    assert str(canary) == "canary:0,3,5<0.42,again:5@8<0.02x2,left:7<0.35"
+    assert canary.again is not None and (canary.again.passes, canary.again.left) == (2, (7, 0.35))
+    left = np.full(10, 9.0)
+    left[7] = 0.35
+    assert canary.again.fits(left)
+    assert not canary.again.fits(left + 0.01)
+    left[7] = np.nan
+    assert not canary.again.fits(left), "what is not finite does not fit"
+    anything = Canary.parse("0,3,5<0.42,again:5@8<0.02").again
+    assert anything is not None and anything.fits(np.full(10, np.inf))
+    canary.check_layers(10)
+    with pytest.raises(InvalidPlan, match="left in layer 9"):
+        Canary.parse("0,3,5<0.42,again:5@8<0.02,left:9<0.35").check_layers(9)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "0,3,5<0.4,left:7<0.3",
+        "0,3,left:7<0.3",
+        "0,3,5<0.4,left:7<0.3,again:5@8<0.02",
+        "0,3,5<0.4,again:5@8<0.02,left:7",
+    ],
+)
+def test_what_is_left_needs_a_second_pass_before_it(spelling: str) -> None:
+    with pytest.raises(InvalidPlan):
+        Canary.parse(spelling)

@@ -13,7 +13,7 @@ from vlcache_dist.reuse.ladder import Level, always_alarmed, first_step, plan_at
 from vlcache_dist.reuse.plan import Plan
 
 WATCHED, BLIND = Plan.parse("none+canary:0,3,5<0.5"), Plan.parse("uniform:5")
-CHECKED = Plan.parse("none+canary:0,3,5<0.5,again:5@8<0.02")
+CHECKED = Plan.parse("none+canary:0,3,5<0.5,again:5@8<0.02,left:7<0.4")
 FINE, WRONG = Shadow(0.001, True, False), Shadow(8.0, False, False)
 
 
@@ -116,8 +116,8 @@ def test_formats_are_bounded() -> None:
     [
         ("none+canary:0,3,5<0.5", "none+canary:0,3,5<0.25", "uniform:20+canary:0,3,5<0.125"),
         (
-            "none+canary:0,3,5<0.5,again:5@8<0.02",
-            "none+canary:0,3,5<0.25,again:5@8<0.01",
+            "none+canary:0,3,5<0.5,again:5@8<0.02,left:7<0.4",
+            "none+canary:0,3,5<0.25,again:5@8<0.01,left:7<0.2",
             "uniform:20+canary:0,3,5<0.125",
         ),
         ("uniform:5", "uniform:5", "uniform:20"),

@@ -203,9 +203,11 @@ def test_unreadable_files_are_refused(tmp_path):
 
 def test_who_says_nothing_gets_probes_that_are_watched_and_verified():
     plan = resolve_plan("guarded", model="m", num_layers=10)
-    assert str(plan) == "none+canary:0,3,5<0.42,again:5@8<0.02"
+    assert str(plan) == "none+canary:0,3,5<0.36,6<0.45,again:4@8<0.02x2,left:6<0.33"
     assert (plan.depths(64, 10) > 0).sum() == 3
-    assert str(resolve_plan("guarded", model="m", num_layers=28)) == "none+canary:0,3,14<0.42,again:5@22<0.02"
-    assert str(resolve_plan("guarded", model="m", num_layers=1)) == "none+canary:0,3,0<0.42,again:5@0<0.02"
+    larger = "none+canary:0,3,14<0.36,16<0.45,again:4@22<0.02x2,left:16<0.33"
+    assert str(resolve_plan("guarded", model="m", num_layers=28)) == larger
+    least = "none+canary:0,3,0<0.36,again:4@0<0.02x2,left:0<0.33"
+    assert str(resolve_plan("guarded", model="m", num_layers=1)) == least
     with pytest.raises(InvalidPlan, match="before it travels"):
         Plan.parse("guarded")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vlcache_dist.reuse.calibrate import EXTRA_FALSE_ALARMS, LARGEST_MOVE, choose_release
+from vlcache_dist.reuse.calibrate import EXTRA_FALSE_ALARMS, LARGEST_MOVE, choose_left, choose_release
 
 
 def alarms(good: list[float], bad: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -42,3 +42,13 @@ def test_a_wider_gap_costs_few_alarms_only() -> None:
 def test_wrong_answers_that_do_not_move_leave_nothing_to_release() -> None:
     choice = choose_release(*alarms([0.0, 0.01, 0.02], [0.0, 0.0001]), 2, 0.0)
     assert (choice.limit, choice.released, choice.released_harmful) == (0.0, 0, 0)
+
+
+def test_a_limit_of_what_is_left_catches_what_is_wrong_without_having_moved() -> None:
+    moved = np.array([5.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    harms = np.array([True, True, True, False, False, False])
+    told, noise = [0.1, 0.9, 0.8, 0.2, 0.1, 0.2], [0.5, 0.4, 0.6, 0.5, 0.4, 0.6]
+    layer, limit = choose_left(np.array([noise, told]), moved, harms) or (0, 0.0)
+    assert layer == 1 and 0.2 < limit < 0.8, "the moved one needs no catching, however little is left"
+    assert choose_left(np.array([noise, told]), np.full(6, 5.0), harms) is None, "what moved tells by itself"
+    assert choose_left(np.array([noise, told]), moved, np.ones(6, bool)) is None, "nothing right to release"

@@ -56,7 +56,7 @@ def form(labels: dict[str, int], seed: int = 0, rows: int = 8, columns: int = 8)
     entries = [(label, f"{value:02d}") for label, value in labels.items()]
     sketch.entries(entries)
     facts = [value_of(label, value) for label, value in entries]
-    return Picture("form", paint(sketch.finish("form", facts, [])), tuple(facts))
+    return Picture("form", paint(sketch.finish("form", facts)), tuple(facts))
 
 
 def paint(drawn: Scene) -> Image.Image:

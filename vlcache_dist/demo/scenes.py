@@ -61,8 +61,7 @@ class Sprite:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """``rows`` x ``columns`` cells. ``noise``: seed of the painter's noise. ``facts`` are those that the bundled model
-    of this release answers; ``hard`` ones it was not asked to learn, or did not."""
+    """``rows`` x ``columns`` cells. ``noise``: seed of the painter's noise. ``facts``: all that can be asked."""
 
     kind: Kind
     rows: int
@@ -70,7 +69,6 @@ class Scene:
     background: Color
     sprites: tuple[Sprite, ...]
     facts: tuple[Fact, ...]
-    hard: tuple[Fact, ...]
     noise: int
 
 
@@ -79,8 +77,8 @@ def scene(kind: Kind, rng: random.Random, rows: int, columns: int) -> Scene:
     if rows < 4 or columns < 4:
         raise ValueError(f"{rows} x {columns} cells: at least 4 on either side")
     sketch = Sketch(rng, rows, columns)
-    facts, hard = {"form": _form, "table": _table, "shapes": _shapes}[kind](sketch)
-    return sketch.finish(kind, facts, hard)
+    facts = {"form": _form, "table": _table, "shapes": _shapes}[kind](sketch)
+    return sketch.finish(kind, facts)
 
 
 class Sketch:
@@ -109,10 +107,9 @@ class Sketch:
             for i, text in enumerate(pair):
                 self.sprites.append(Sprite(text, row, 2 * column + i, shift, color))
 
-    def finish(self, kind: Kind, facts: list[Fact], hard: list[Fact]) -> Scene:
+    def finish(self, kind: Kind, facts: list[Fact]) -> Scene:
         noise = self.rng.getrandbits(64)
-        sprites = tuple(self.sprites)
-        return Scene(kind, self.rows, self.columns, self.background, sprites, tuple(facts), tuple(hard), noise)
+        return Scene(kind, self.rows, self.columns, self.background, tuple(self.sprites), tuple(facts), noise)
 
 
 def value_of(label: str, value: str) -> Fact:
@@ -120,7 +117,7 @@ def value_of(label: str, value: str) -> Fact:
     return Fact(f"What is the value of {label}?", value, "value")
 
 
-def _form(sketch: Sketch) -> tuple[list[Fact], list[Fact]]:
+def _form(sketch: Sketch) -> list[Fact]:
     rng = sketch.rng
     most = min(sketch.rows * (sketch.columns // 2), 16)
     labels = {rng.choice(LETTERS) + rng.choice(LETTERS): None for _ in range(rng.randint(3, most))}
@@ -128,10 +125,10 @@ def _form(sketch: Sketch) -> tuple[list[Fact], list[Fact]]:
     sketch.entries(entries)
     values = [value for _, value in entries]
     back = [Fact(f"Which label has the value {v}?", k, "label") for k, v in entries if values.count(v) == 1]
-    return [value_of(label, value) for label, value in entries], back
+    return [value_of(label, value) for label, value in entries] + back
 
 
-def _table(sketch: Sketch) -> tuple[list[Fact], list[Fact]]:
+def _table(sketch: Sketch) -> list[Fact]:
     rng, ink = sketch.rng, sketch.ink()
     rows = rng.sample(LETTERS[:13], rng.randint(2, min(7, sketch.rows - 1)))
     columns = rng.sample(LETTERS[13:], rng.randint(2, min(7, sketch.columns - 1)))
@@ -150,10 +147,10 @@ def _table(sketch: Sketch) -> tuple[list[Fact], list[Fact]]:
             put(i, j, digit)
             facts.append(Fact(f"What is in row {row}, column {column}?", digit, "cell"))
         facts.append(Fact(f"Read row {row}.", " ".join(digits), "row"))
-    return facts, []
+    return facts
 
 
-def _shapes(sketch: Sketch) -> tuple[list[Fact], list[Fact]]:
+def _shapes(sketch: Sketch) -> list[Fact]:
     rng = sketch.rng
     height, width = sketch.rows // 2, sketch.columns // 2
     places = rng.sample(range(height * width), rng.randint(2, min(height * width, 12)))
@@ -174,10 +171,10 @@ def _shapes(sketch: Sketch) -> tuple[list[Fact], list[Fact]]:
     for color, shape in found.values():
         if colors.count(color) == 1:
             facts.append(Fact(f"Which shape is {color}?", shape, "shape"))
-    hard = [Fact(f"What color is the {s}?", c, "color") for c, s in found.values() if shapes.count(s) == 1]
-    hard += [Fact(f"How many {c} shapes are there?", str(colors.count(c)), "count color") for c in COLORS]
-    hard += [Fact(f"How many {plural(s)} are there?", str(shapes.count(s)), "count shape") for s in SHAPES]
-    return facts, hard
+    facts += [Fact(f"What color is the {s}?", c, "color") for c, s in found.values() if shapes.count(s) == 1]
+    facts += [Fact(f"How many {c} shapes are there?", str(colors.count(c)), "count color") for c in COLORS]
+    facts += [Fact(f"How many {plural(s)} are there?", str(shapes.count(s)), "count shape") for s in SHAPES]
+    return facts
 
 
 def plural(shape: str) -> str:

@@ -263,6 +263,12 @@ class Sequence:
         probes = state.source.canary.probes(state.span.length)
         return probes[probes >= state.cached]
 
+    def computed_afresh(self, index: int) -> np.ndarray:
+        """Tokens of a reused span that this sequence computes in every layer: int64, ascending."""
+        state = self.spans[index]
+        assert isinstance(state.source, Reuse)
+        return state.cached + np.flatnonzero(state.source.depths[state.cached :] >= self.num_layers)
+
     def escalate(self, first: int) -> int:
         """Go back to span ``first`` and compute it and everything behind it from encoder output; returns how many
         reused spans that concerns. All their extents must still be held. What lies in the prefix hit stays."""

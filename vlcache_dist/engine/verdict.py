@@ -5,7 +5,8 @@
     first pass ──calm──> released
         └─alarm─> second pass (if the plan has one) ──answer unmoved──> released, its blocks kept private
                       ├─answer moved, and there are passes left─> once more, compared with the second
-                      └─answer moved, or there is none─> from the alarming span on everything, from encoder output
+                      └─moved, or what was lent does not fit, or there is none─> from the alarming span on everything,
+                                                                                 from encoder output
 
 Nothing of it is released before its verdict. See ``reuse.canary`` and docs/reuse.md.
 """
@@ -42,13 +43,18 @@ class Verdicts:
         self._counters = counters
 
     def look(self, sequence: Sequence) -> Look:
-        """Compare the probes of all watched spans with what they were reused from, behind the pass under way."""
-        watched = []
+        """Compare, behind the pass under way, the probes of all watched spans with what they were reused from; in a
+        second pass all that is computed of the suspicious spans with what was lent to them."""
+        watched, doubt = [], sequence.doubt
         for index, state in enumerate(sequence.spans):
-            probes = sequence.probes(index)
-            if len(probes) and isinstance(state.source, Reuse):
-                slots = sequence.slots(state.span.start, state.span.end)[probes]
-                watched.append(Watched(index, state.span.length, state.source.kv, probes, slots))
+            if not isinstance(state.source, Reuse):
+                continue
+            kv, tokens = state.source.kv, sequence.probes(index)
+            if doubt is not None and index >= doubt.first and sequence.suspicious(index):
+                kv, tokens = state.shifted or kv, sequence.computed_afresh(index)
+            if len(tokens):
+                slots = sequence.slots(state.span.start, state.span.end)[tokens]
+                watched.append(Watched(index, state.span.length, kv, tokens, slots))
         return Look(self._runner, watched)
 
     def settle(self, sequence: Sequence, spans: Iterable[Watched], ratios: Ratios, drawn: Drawn, now: float) -> bool:
@@ -57,7 +63,7 @@ class Verdicts:
         if sequence.doubt is None:
             back = self._first(sequence, spans, ratios, drawn, now)
         else:
-            back = self._second(sequence, sequence.doubt)
+            back = self._second(sequence, sequence.doubt, spans, ratios)
         if not back:
             sequence.watch_from = None
             for state in sequence.spans:
@@ -86,8 +92,16 @@ class Verdicts:
         sequence.retry(first, attended(sequence, first, again, paid))
         return True
 
-    def _second(self, sequence: Sequence, doubt: Doubt) -> bool:
+    def _second(self, sequence: Sequence, doubt: Doubt, spans: Iterable[Watched], ratios: Ratios) -> bool:
         sequence.doubt = None
+        lent = [
+            ratio
+            for watched, ratio in zip(spans, ratios, strict=True)
+            if watched.index >= doubt.first and sequence.suspicious(watched.index)
+        ]
+        if not doubt.again.fits(np.concatenate(lent, 1).mean(1)):
+            self._escalate(sequence, doubt.first, doubt.drawn)
+            return True
         after, paid = last_row(self._runner, sequence, doubt.again.layer)
         if moved(doubt.logprobs, after) > doubt.again.limit:
             if doubt.passes > 1:

@@ -14,7 +14,7 @@ from vlcache_dist.kv.object_store import Extent
 @dataclass(frozen=True, slots=True)
 class Watched:
     """A reused span that is being watched. ``probes`` int64 [p]: tokens of the span, computed in every layer, whose
-    page slots are ``slots`` int64 [p]. ``kv`` must be held until the look is taken."""
+    page slots are ``slots`` int64 [p]. ``kv``, what they are compared with, must be held until the look is taken."""
 
     index: int
     length: int

@@ -45,7 +45,7 @@ def split_policies(text: str) -> list[str]:
     """Spellings separated by commas; a comma inside a spelling is one that no new spelling follows."""
     spellings: list[str] = []
     for piece in text.split(","):
-        if spellings and (not piece or piece[0].isdigit() or piece.startswith(("min=", "again:"))):
+        if spellings and (not piece or piece[0].isdigit() or piece.startswith(("min=", "again:", "left:"))):
             spellings[-1] += f",{piece}"
         else:
             spellings.append(piece)

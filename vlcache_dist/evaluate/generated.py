@@ -1,10 +1,11 @@
 """Seeded suites for the bundled model: the same questions in contexts that other contexts' KV is reused in.
 
 ``tune`` is for studies and calibration, ``held-out`` is touched by neither: other formats as well as other pictures
-and other words. Both ask only what the bundled model answers when everything is computed: ``ANSWERED`` families of
-questions, ``LEARNT`` formats. What it answers is measured by ``abilities`` (every family of questions, behind and
-before the picture), ``multi-hop`` (two pictures, or text and picture, have to be joined) and ``rules`` (a rule before
-the picture changes the answer). Sides of pictures are drawn in steps of 28 pixels.
+and other words. Questions are of every family that a scene has. What a picture's tokens must know of what stands before
+them grows from format to format: nothing, which picture they are, a rule that turns the answer, what another picture
+shows (``multi-hop`` and ``rules`` are those formats by themselves). ``abilities`` asks every family behind and before
+the picture, to measure what the model answers when everything is computed. Sides of pictures are drawn in steps of 28
+pixels.
 """
 
 from __future__ import annotations
@@ -19,12 +20,8 @@ from vlcache_dist.evaluate.cases import Case, Dialogue, Donor, Shown
 
 Built = tuple[Dialogue, str, tuple[Donor | None, ...]]  #: request, answer, donors
 _LOOK = "Look at the picture."
+_ORDINALS = ("first", "second")
 _SIDES = (5, 12)  #: cells of a side, least and most
-
-#: families of questions (``demo.scenes.Fact``) that the bundled model answers behind a picture, at least 95 % of each
-ANSWERED = frozenset({"value", "cell", "place", "shape"})
-#: formats of ``multi-hop`` and ``rules`` that it answers as well: they are held out too
-LEARNT: tuple[str, ...] = ()
 
 
 class _Draw:
@@ -40,12 +37,11 @@ class _Draw:
         kinds: tuple[Kind, ...] = ("form", "table", "shapes")
         return self.picture(self.rng.choice(kinds))
 
-    def fact(self, picture: Shown, but: Fact | None = None) -> Fact:
-        """A question of any family that is answered: families are equally likely, not questions. ``but``: not this one,
-        unless it is the only one."""
-        scene = picture.scene()
+    def fact(self, picture: Shown, but: Fact | None = None, family: str = "") -> Fact:
+        """A question of any family, or of the one given: families are equally likely, not questions. ``but``: not this
+        one, unless it is the only one."""
         families: dict[str, list[Fact]] = {}
-        known = [fact for fact in (*scene.facts, *scene.hard) if fact.family in ANSWERED]
+        known = [fact for fact in picture.scene().facts if family in ("", fact.family)]
         for fact in known:
             if fact != but or len(known) == 1:
                 families.setdefault(fact.family, []).append(fact)
@@ -113,15 +109,15 @@ def _needle(d: _Draw, label: str, picture: Shown, words: int) -> Dialogue:
 
 def _code_word(d: _Draw) -> Built:
     picture = d.picture()
-    fact = d.fact(picture)
-    other = d.fact(picture, but=fact)
+    fact = d.fact(picture, family="value")
+    other = d.fact(picture, but=fact, family="value")
     donor = _needle(d, _label(other), picture, d.rng.randint(10, 60))
     return _needle(d, _label(fact), picture, d.rng.randint(10, 60)), fact.answer, (Donor(donor, 0),)
 
 
 def _code_word_bare(d: _Draw) -> Built:
     picture = d.picture()
-    fact = d.fact(picture)
+    fact = d.fact(picture, family="value")
     return _needle(d, _label(fact), picture, d.rng.randint(10, 60)), fact.answer, (Donor(d.bare(picture), 0),)
 
 
@@ -214,6 +210,15 @@ def _pair_question_first(d: _Draw) -> Built:
     return target, fact.answer, (Donor(donor, 1), Donor(donor, 0))
 
 
+def _unlabelled(d: _Draw) -> Built:
+    pictures = [d.picture(), d.picture()]
+    asked = d.rng.randrange(2)
+    fact = d.fact(pictures[asked])
+    donor = Dialogue.user(*pictures[::-1], d.fact(pictures[1]).question)
+    question = f"In the {_ORDINALS[asked]} picture, {fact.question[0].lower()}{fact.question[1:]}"
+    return Dialogue.user(*pictures, question), fact.answer, (Donor(donor, 1), Donor(donor, 0))
+
+
 def _color_across(d: _Draw) -> Built:
     while True:
         pictures = [d.picture("shapes"), d.picture("shapes")]
@@ -257,7 +262,7 @@ def _ability(kind: Kind, family: str, before: bool) -> Callable[[_Draw], Built]:
         while True:  # not every scene has every family
             picture = d.picture(kind)
             scene = picture.scene()
-            facts = [fact for fact in (*scene.facts, *scene.hard) if fact.family == family]
+            facts = [fact for fact in scene.facts if fact.family == family]
             if facts:
                 break
         fact = d.rng.choice(facts)
@@ -276,6 +281,7 @@ def _text_names_picture(d: _Draw) -> Built:
     return _labelled(pictures, question, before=before), fact.answer, (Donor(donor, 0), Donor(donor, 1))
 
 
+_BACKWARDS, _FROM_BELOW = "Write numbers backwards.", "Rows are counted from the bottom."
 _TUNE: dict[str, Callable[[_Draw], Built]] = {
     "other text before": _other_text,
     "question first": _question_first,
@@ -283,6 +289,15 @@ _TUNE: dict[str, Callable[[_Draw], Built]] = {
     "same slot, asked first": _same_slot(0, 2),
     "swapped labels": _swapped,
     "alone, then one of two": _alone_then_labelled(2),
+    "rows from the bottom, recorded without": _rule(_FROM_BELOW, "shapes"),
+}
+_MULTI_HOP: dict[str, Callable[[_Draw], Built]] = {
+    "color across two pictures": _color_across,
+    "text names the picture": _text_names_picture,
+}
+_RULES: dict[str, Callable[[_Draw], Built]] = {
+    "numbers backwards, recorded without": _rule(_BACKWARDS, "form"),
+    "recorded with rows from the bottom": _rule(_FROM_BELOW, "shapes", dropped=True),
 }
 _HELD_OUT: dict[str, Callable[[_Draw], Built]] = {
     "other system prompt": _other_system,
@@ -293,20 +308,13 @@ _HELD_OUT: dict[str, Callable[[_Draw], Built]] = {
     "same slot, asked middle": _same_slot(1, 3),
     "same slot, asked last": _same_slot(1, 2),
     "alone, then one of three": _alone_then_labelled(3),
+    "unlabelled, another order": _unlabelled,
     "sliding window": _window,
     "same picture twice": _twice,
     "second picture in a later turn": _second_picture_later,
     "question first, pictures swapped": _pair_question_first,
-}
-_MULTI_HOP: dict[str, Callable[[_Draw], Built]] = {
-    "color across two pictures": _color_across,
-    "text names the picture": _text_names_picture,
-}
-_BACKWARDS, _FROM_BELOW = "Write numbers backwards.", "Rows are counted from the bottom."
-_RULES: dict[str, Callable[[_Draw], Built]] = {
-    "numbers backwards, recorded without": _rule(_BACKWARDS, "form"),
-    "rows from the bottom, recorded without": _rule(_FROM_BELOW, "shapes"),
-    "recorded with rows from the bottom": _rule(_FROM_BELOW, "shapes", dropped=True),
+    **_RULES,
+    **_MULTI_HOP,
 }
 _FAMILIES: dict[Kind, tuple[str, ...]] = {
     "form": ("value", "label"),
@@ -321,7 +329,7 @@ _ABILITIES = {
 }
 SUITES = {
     "tune": _TUNE,
-    "held-out": _HELD_OUT | {name: (_MULTI_HOP | _RULES)[name] for name in LEARNT},
+    "held-out": _HELD_OUT,
     "multi-hop": _MULTI_HOP,
     "rules": _RULES,
     "abilities": _ABILITIES,

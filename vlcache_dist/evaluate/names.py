@@ -15,11 +15,18 @@ ALWAYS = 1000  #: nats: a second pass with this limit is always released
 
 
 def spell_out(names: Sequence[str], *, model: str, num_layers: int, plan: Path | None = None) -> dict[str, str]:
-    """By name the spelling that ``policies.parse_policy`` reads. ``guarded``: the default plan; ``canary``: the same
-    without its second pass; ``calibrated``: the plan file ``plan``; ``off``: ``full``; ``pyramid``: 10 % falling to 0;
-    ``file:PATH``; anything else stands for itself. ``model`` is the weights fingerprint. Raises InvalidPlan."""
+    """By name the spelling that ``policies.parse_policy`` reads. ``guarded``: the default plan; ``guarded once``: with
+    one pass behind an alarm; ``canary``: with none; ``calibrated``: the plan file ``plan``; ``off``: ``full``;
+    ``pyramid``: 10 % falling to 0; ``file:PATH``; anything else stands for itself. ``model`` is the weights
+    fingerprint. Raises InvalidPlan."""
     guarded = spelled_out(GUARDED, num_layers)
-    known = {"off": "full", "pyramid": "pyramid:10-0", GUARDED: guarded, "canary": guarded.partition(",again:")[0]}
+    known = {
+        "off": "full",
+        "pyramid": "pyramid:10-0",
+        GUARDED: guarded,
+        "guarded once": guarded.replace("x2,", ","),
+        "canary": guarded.partition(",again:")[0],
+    }
     found = {}
     for name in names:
         spelling = known.get(name, name)

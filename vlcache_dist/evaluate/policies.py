@@ -110,10 +110,6 @@ def parse_policy(spelling: str) -> Policy:
             raise InvalidPlan(f"policy {spelling!r}: expected inverse:FIRST-LAST in percent")
         return Policy(spelling, _inverse(_number(low, spelling), _number(high, spelling)))
     plan = Plan.parse(spelling)
-    if plan.canary is not None and plan.canary.again is not None and plan.canary.again.passes > 1:
-        raise InvalidPlan(
-            f"policy {spelling!r}: the evaluation makes one pass behind an alarm, more only the engine does"
-        )
     return Policy(spelling, _by_plan(plan), canary=plan.canary)
 
 

@@ -20,7 +20,8 @@ class Outcome:
     answer, in tokens. ``computed_share``: token-layers of vision tokens computed, of those of the ``reused_tokens``
     (new pictures are left out); what an escalation threw away is counted too, so it can exceed 1. ``flops``: of the
     prompt's passes from the first picture on. ``alarmed``: a canary was above its limit; ``rechecked``: the answer is
-    that of a second pass, which moved the first token by ``moved`` nats; ``escalated``: everything was computed."""
+    that of a second pass (or a later one), which moved the first token by ``moved`` nats; ``left``, by layer: how far
+    what it computed is from what had been lent. ``escalated``: everything was computed."""
 
     format: str
     policy: str
@@ -36,6 +37,7 @@ class Outcome:
     alarmed: bool = False
     rechecked: bool = False
     moved: float | None = None
+    left: list[float] | None = None
     reused_tokens: int = 1
 
     @property

@@ -154,6 +154,7 @@ def _outcomes(trial: Trial, policy: Policy, seed: int) -> Iterator[Outcome]:
             alarmed=settled is not None and bool(settled.alarmed[b]),
             rechecked=settled is not None and bool(settled.rechecked[b]),
             moved=None if settled is None or np.isnan(settled.moved[b]) else float(settled.moved[b]),
+            left=None if settled is None or np.isnan(settled.moved[b]) else np.round(settled.left[:, b], 6).tolist(),
         )
 
 

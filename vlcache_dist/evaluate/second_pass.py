@@ -11,7 +11,7 @@ import numpy as np
 
 from vlcache_dist.evaluate.names import ALWAYS, second_pass
 from vlcache_dist.evaluate.report import Outcome
-from vlcache_dist.reuse.calibrate import choose_release
+from vlcache_dist.reuse.calibrate import ReleaseChoice, choose_left, choose_release, release_bound
 from vlcache_dist.reuse.canary import Again, Canary
 
 PERCENTS = (2.0, 3.0, 5.0, 10.0)  #: of the suspicious spans' tokens: what is tried behind an alarm
@@ -25,9 +25,10 @@ def choose_second_pass(
     measure: Measure, base: str, canary: Canary, layers: Sequence[int], bound: float
 ) -> tuple[Again | None, dict[str, Any]]:
     """Of the shares ``PERCENTS`` and ``layers`` the second pass that computes least on average over the cases, with a
-    limit that releases at most the share ``bound`` of the harmful ones; None where computing everything is cheaper.
-    And for the record what it does and costs. ``base``: the spelling of the first pass' plan. ``harmful`` of a case is
-    what the first pass, unwatched, would have done."""
+    limit that releases at most the share ``bound`` of the harmful ones and, where its answers can be wrong without
+    having moved, a limit of what may be left; with a third pass if that computes less and releases no more than may
+    be. None where computing everything is cheaper. And for the record what it does and costs. ``base``: the spelling
+    of the first pass' plan. ``harmful`` of a case is what the first pass, unwatched, would have done."""
     unwatched = f"{base}+{replace(canary, limits=tuple((layer, _NEVER) for layer, _ in canary.limits))}"
     watched = f"{base}+{canary}"
     found = {(p, n): f"{watched},{Again(p, n, ALWAYS)}" for p in PERCENTS for n in layers}
@@ -37,16 +38,30 @@ def choose_second_pass(
     harmful = int(sum(o.harmful for o in outcomes[unwatched]))
     alarms = np.array([o.alarmed for o in outcomes[watched]])
     missed = int(sum(o.harmful for o in outcomes[watched]))
-    tried = []
+    tried: list[tuple[float, Again, ReleaseChoice, np.ndarray]] = []
     for (percent, layer), spelling in found.items():
         moved = np.array([np.nan if o.moved is None else o.moved for o in outcomes[spelling]])
         harms = np.array([o.harmful for o in outcomes[spelling]])
-        choice = choose_release(moved[alarms], harms[alarms], harmful, bound)
+        left = np.array([o.left for o in outcomes[spelling] if o.left is not None]).T  # of those that alarmed
+        fit = choose_left(left, moved[alarms], harms[alarms])
+        fits = np.ones(len(moved), bool)
+        if fit is not None:
+            fits[alarms] = left[fit[0]] <= fit[1]
+        choice = choose_release(moved[alarms & fits], harms[alarms & fits], harmful, bound)
         again = _shares(outcomes[spelling]) - first
-        computed = first + again + np.where(moved > choice.limit, everything, 0.0)
-        tried.append((float(computed.mean()), Again(percent, layer, choice.limit), choice, computed))
-    without = float((first + everything).mean())
+        computed = first + again + np.where(alarms & ~(fits & (moved <= choice.limit)), everything, 0.0)
+        tried.append((float(computed.mean()), Again(percent, layer, choice.limit, left=fit), choice, computed))
     cost, again_, choice, computed = min(tried, key=lambda one: one[0])
+    if choice.released:
+        thrice = replace(again_, passes=2)
+        more = measure([f"{watched},{thrice}"])[f"{watched},{thrice}"]
+        released = np.array([o.rechecked for o in more])
+        wrong = int(sum(o.harmful for o in more if o.rechecked))
+        judged = ReleaseChoice(choice.limit, int(released.sum()), wrong, release_bound(wrong, harmful))
+        tried.append((float(_shares(more).mean()), thrice, judged, _shares(more)))
+        if wrong <= max(choice.released_harmful, int(bound * harmful)) and tried[-1][0] < cost:
+            cost, again_, choice, computed = tried[-1]
+    without = float((first + everything).mean())
     record = {
         "bound": bound,
         "cases": len(alarms),

@@ -161,11 +161,35 @@ class Trial:
         """What a second pass starts from (``engine.verdict``), for the cases in ``first``, in its order; its values are
         the columns from which on pictures are suspicious: in these, what the tokens ``probes`` bool [B, M] have gained
         on average in a pass with ``fresh`` is added to all that was recorded of their picture, layer by layer, K before
-        rotation. And the attention that pass' last token pays, as in ``attention``. The last ones are kept."""
+        rotation; new pictures have what that pass computed. And the attention that its last token pays, as in
+        ``attention``. The last ones are kept."""
         key = fresh.tobytes(), probes.tobytes(), repr(first).encode()
         if key not in self._lent:
             self._lent = {key: self._lend(fresh, probes, first)}
         return self._lent[key]
+
+    def again(
+        self, fresh: np.ndarray, kept: Captured, first: Mapping[int, int]
+    ) -> tuple[Answers, np.ndarray, np.ndarray]:
+        """``reuse`` of the cases in ``first`` over ``kept`` (theirs, in its order); new pictures from the columns
+        ``first`` on are not computed, ``kept`` has theirs too (``lent``). Besides the answers what a pass
+        behind an alarm is judged by, [layer, B, M]: |V fresh - V kept| / |V kept| of tokens that are fresh in every
+        layer, NaN elsewhere, and the attention that the prompt's last token pays, as in ``attention``."""
+        only = list(first)
+        inside = np.arange(self.known[0].size) >= np.array([first[b] for b in only])[:, None]
+        run = self._prepared(only, fresh, True, False, kept, inside & self._there[only])
+        attention = Attention(run.last.to(self.bench.device))
+        rows = torch.arange(run.index.shape[1], device=self.bench.device).expand(len(only), -1)
+        hidden, seen = self.bench.dense.run(
+            run.x, run.index, run.positions, run.cache, run.mask, rows, run.shifts, attention
+        )
+        assert seen is not None
+        answers = self._answer(hidden[torch.arange(len(only)), run.last], run.cache, only)
+        dev = _deviation(_by_column(run, seen, len(self.known[0])), kept)
+        whole = fresh[:, only].all(0) & self.known[only]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            left = np.where(whole, np.sqrt(dev.dv) / np.maximum(np.sqrt(dev.v), 1e-12), np.nan)
+        return answers, left, self._paid(attention, only)
 
     def _lend(self, fresh: np.ndarray, probes: np.ndarray, first: Mapping[int, int]) -> tuple[Captured, np.ndarray]:
         picked = list(first)
@@ -176,7 +200,9 @@ class Trial:
         for i, b in enumerate(picked):
             for donor, here in zip(self.cases[b].donors, self.columns[b], strict=True):
                 at = here.start + np.flatnonzero(probes[b, here])
-                if donor is None or here.start < first[b] or not len(at):
+                if here.start >= first[b] and donor is None:
+                    kept.k[:, i, here], kept.v[:, i, here] = seen.k[:, i, here], seen.v[:, i, here]
+                if here.start < first[b] or donor is None or not len(at):
                     continue
                 for part, now in ((kept.k, seen.k), (kept.v, seen.v)):
                     part[:, i, here] += (now[:, i, at] - part[:, i, at]).mean(1, keepdim=True)
@@ -201,16 +227,24 @@ class Trial:
         return np.where(self._there[picked], paid.gather(2, at).cpu().numpy(), 0.0)
 
     def _prepared(
-        self, picked: Sequence[int], fresh: np.ndarray, rotated: bool, shifted: bool, kept: Captured | None = None
+        self,
+        picked: Sequence[int],
+        fresh: np.ndarray,
+        rotated: bool,
+        shifted: bool,
+        kept: Captured | None = None,
+        held: np.ndarray | None = None,
     ) -> _Run:
+        """``held`` bool [picked, M]: columns of which ``kept`` has K and V besides those with recorded ones."""
         dense, device = self.bench.dense, self.bench.device
         chosen = torch.tensor(picked, device=device)
-        fresh = fresh | ~self.known
+        have = self.known[picked] if held is None else self.known[picked] | held
+        fresh = fresh.copy()
+        fresh[:, picked] = np.where(self.known[picked], fresh[:, picked], ~have)
         cache = DenseCache(self._cache.k[:, chosen], self._cache.v[:, chosen])
         kept = kept or Captured(self._kept.k[:, chosen], self._kept.v[:, chosen])
         to = self._vision_positions if rotated else self._kept_positions
-        known = torch.from_numpy(self.known[picked]).to(device)
-        index = torch.where(known, self._vision[chosen], self._rows)
+        index = torch.where(torch.from_numpy(have).to(device), self._vision[chosen], self._rows)
         dense.fill(cache, index, kept, to[:, chosen])
 
         rows, columns = [], []

@@ -64,6 +64,19 @@ def limit_choices(statistics: np.ndarray, harmful: np.ndarray, catch: float = 0.
     return [choice for _, choice in sorted(near, key=lambda pair: -pair[0])]
 
 
+def choose_left(left: np.ndarray, moved: np.ndarray, harms: np.ndarray) -> tuple[int, float] | None:
+    """Layer and limit of the deviation ``left`` fp [layer, alarm] over what was lent, drawn like a canary's: above it
+    are all answers of a second pass that are wrong (``harms`` bool [alarm]) although they ``moved`` fp [alarm] by no
+    more than ``LARGEST_MOVE`` nats, which the first token's distribution cannot tell; and few of those that are right.
+    None where there is no such answer, or no right one."""
+    silent = harms & (moved <= LARGEST_MOVE)
+    if not silent.any() or harms.all():
+        return None
+    cases = silent | ~harms
+    chosen = choose_limit(left[:, cases], silent[cases], catch=1.0)
+    return chosen.layer, chosen.limit
+
+
 @dataclass(frozen=True, slots=True)
 class ReleaseChoice:
     """A second pass' limit in nats, and what it does to the alarms it was drawn from: ``released`` of them, of which
@@ -86,7 +99,7 @@ def choose_release(moved: np.ndarray, harms: np.ndarray, harmful_cases: int, bou
     wrong = np.sort(moved[harms])
     ceiling = min(float(wrong[allowed]) if allowed < len(wrong) else LARGEST_MOVE, LARGEST_MOVE)
     if ceiling <= _SMALLEST_MOVE:  # what is wrong does not move: nothing can be told
-        return ReleaseChoice(0.0, 0, 0, round(wilson_upper(0, harmful_cases), 4))
+        return ReleaseChoice(0.0, 0, 0, release_bound(0, harmful_cases))
     below = np.sort(np.maximum(moved[moved < ceiling], _SMALLEST_MOVE))[::-1]
     upper, gap, limit = ceiling, 0.0, ceiling * (1 - 1e-6)
     for cut, lower in enumerate([*below.tolist(), _SMALLEST_MOVE]):
@@ -98,7 +111,12 @@ def choose_release(moved: np.ndarray, harms: np.ndarray, harmful_cases: int, bou
     limit = round(limit, 6)
     released = moved <= limit
     harmful = int((released & harms).sum())
-    return ReleaseChoice(limit, int(released.sum()), harmful, round(wilson_upper(harmful, harmful_cases), 4))
+    return ReleaseChoice(limit, int(released.sum()), harmful, release_bound(harmful, harmful_cases))
+
+
+def release_bound(released: int, harmful_cases: int) -> float:
+    """The share of harmful cases that may be released in truth, where so many of them were."""
+    return round(wilson_upper(released, harmful_cases), 4)
 
 
 def roc(statistic: np.ndarray, harmful: np.ndarray) -> tuple[list[tuple[float, float]], float]:

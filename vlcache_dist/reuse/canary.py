@@ -14,6 +14,10 @@ than 0.05 nats (KL of the second pass against the first), the second answer is r
 
 ``...,again:10@8<0.05x2``: an answer that moved is given another pass, with 10 % more tokens, chosen by what the last
 pass attended to, and compared with that one; and so on, so many passes in all, before everything is computed.
+
+``...,again:10@8<0.05,left:7<0.35``: the loan is only as good as its premise, that a context moves all tokens of a
+picture alike. The tokens that a second pass computes tell: if in layer 7 their V deviates from what was lent by more
+than 0.35 of it on average, nothing is released, and everything is computed at once.
 """
 
 from __future__ import annotations
@@ -33,17 +37,20 @@ MAX_LIMIT = 1000.0
 _NUMBER = re.compile(r"[0-9]{1,4}")
 _LIMIT = re.compile(r"([0-9]{1,4})<([0-9]{1,4}(?:\.[0-9]{1,6})?)")
 _AGAIN = re.compile(r"again:([0-9]{1,3}(?:\.[0-9]{1,6})?)@([0-9]{1,4})<([0-9]{1,4}(?:\.[0-9]{1,6})?)(?:x([2-9]))?")
+_LEFT = re.compile(r"left:([0-9]{1,4})<([0-9]{1,4}(?:\.[0-9]{1,6})?)")
 
 
 @dataclass(frozen=True, slots=True)
 class Again:
     """The second pass behind an alarm: ``percent`` of the suspicious spans' tokens, chosen by the attention paid to
-    them in ``layer``; ``limit`` in nats; at most so many ``passes`` behind the first one."""
+    them in ``layer``; ``limit`` in nats; at most so many ``passes`` behind the first one. ``left``: (layer, limit) of
+    the deviation that may be left between what was lent and what is computed over it; None: any."""
 
     percent: float
     layer: int
     limit: float
     passes: int = 1
+    left: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.percent <= 100:
@@ -53,9 +60,18 @@ class Again:
         """How many of so many tokens."""
         return min(num_tokens, math.ceil(num_tokens * self.percent / 100 - 1e-9))
 
+    def fits(self, left: np.ndarray) -> bool:
+        """``left`` fp [layer]: the mean of |V fresh - V lent| / |V lent| over the tokens computed. What is not finite
+        does not fit."""
+        if self.left is None:
+            return True
+        layer, limit = self.left
+        return bool(np.isfinite(left[layer]) and left[layer] <= limit)
+
     def __str__(self) -> str:
         more = f"x{self.passes}" if self.passes > 1 else ""
-        return f"again:{_decimal(self.percent)}@{self.layer}<{_decimal(self.limit)}{more}"
+        left = f",left:{self.left[0]}<{_decimal(self.left[1])}" if self.left is not None else ""
+        return f"again:{_decimal(self.percent)}@{self.layer}<{_decimal(self.limit)}{more}{left}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +99,10 @@ class Canary:
     def parse(cls, text: str) -> Canary:
         """What follows ``canary:`` in a spelling. Raises InvalidPlan."""
         leading, strided, *limits = ([*text.split(","), "", ""])[: max(2, text.count(",") + 1)]
-        again = _AGAIN.fullmatch(limits[-1]) if limits else None
+        left = _LEFT.fullmatch(limits[-1]) if len(limits) > 1 else None
+        again = _AGAIN.fullmatch(limits[-2 if left else -1]) if limits else None
         if again is not None:
-            limits.pop()
+            del limits[-2 if left else -1 :]
         if not (_NUMBER.fullmatch(leading) and _NUMBER.fullmatch(strided)):
             raise InvalidPlan(f"canary {text!r}: expected LEADING,STRIDED,LAYER<LIMIT,...")
         pairs = []
@@ -94,7 +111,10 @@ class Canary:
             if found is None:
                 raise InvalidPlan(f"canary {text!r}: {item!r} is not LAYER<LIMIT, as in 5<0.31")
             pairs.append((int(found[1]), float(found[2])))
-        second = None if again is None else Again(float(again[1]), int(again[2]), float(again[3]), int(again[4] or 1))
+        second = None
+        if again is not None:
+            fit = None if left is None else (int(left[1]), float(left[2]))
+            second = Again(float(again[1]), int(again[2]), float(again[3]), int(again[4] or 1), fit)
         return cls(int(leading), int(strided), tuple(pairs), second)
 
     def __str__(self) -> str:
@@ -118,6 +138,8 @@ class Canary:
             raise InvalidPlan(f"canary limit of layer {self.limits[-1][0]}: the model has {num_layers} layers")
         if self.again is not None and self.again.layer >= num_layers:
             raise InvalidPlan(f"canary again in layer {self.again.layer}: the model has {num_layers} layers")
+        if self.again is not None and self.again.left is not None and self.again.left[0] >= num_layers:
+            raise InvalidPlan(f"canary left in layer {self.again.left[0]}: the model has {num_layers} layers")
 
 
 def _decimal(value: float) -> str:

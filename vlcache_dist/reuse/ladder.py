@@ -48,7 +48,8 @@ def always_alarmed(plan: Plan) -> Plan:
 def _scaled(canary: Canary, factor: float) -> Canary:
     again = canary.again
     if again is not None:
-        again = replace(again, limit=again.limit * factor) if factor > _TIGHTER[Level.STRENGTHENED] else None
+        left = None if again.left is None else (again.left[0], again.left[1] * factor)
+        again = replace(again, limit=again.limit * factor, left=left) if factor > _TIGHTER[Level.STRENGTHENED] else None
     return replace(canary, limits=tuple((layer, limit * factor) for layer, limit in canary.limits), again=again)
 
 

@@ -1,0 +1,23 @@
+"""Words that people write before pictures: common English, beside the few that questions and rules are made of."""
+
+PROSE = (  # noqa: SIM905
+    "a about above across again all also always an and another any are around as ask at back be because been before "
+    "began behind being below between big both bottom brother but by call came can car carry city close cold color "
+    "come could count counted country cut day did different do does done down draw dry each earth east easy eat end "
+    "enough even ever every eye face fact family far fast father feel few field find fire first fish five follow food "
+    "foot for found four from front full game gave get girl give go good got great green ground group grow had half "
+    "hand happy hard has have he head hear help her here high him his hold home horse hot hour how hundred i idea if "
+    "in into is it its just keep kind king know land language large last late learn left less let letter life light "
+    "like line list little live long look love low machine made make man many map mark may me mean men might mile "
+    "mind money month more most mother mountain move much must my name need never new next night no noon north not "
+    "note nothing now number numbers of off often on once one only open or order other our out over own page paper "
+    "part pass people person picture piece place plan plane plant platform play please point port pose press problem "
+    "product question quick rain ran reach read ready real red rest right road rock room round row rows rule run said "
+    "same saw say school sea second see seem self sentence set seven several shape she ship short should show side "
+    "since sing six size sky sleep small snow so some song soon sound south space special stand star start state "
+    "station still stood stop such sun sure table take talk tell ten than that the their them then there these they "
+    "thing think this thought thousand three through time to today together told too took top town train travel tree "
+    "true try turn two under unit until up upon us use usual value very voice vowel wait walk want war was watch way "
+    "we week weight well went were west what wheel when where which while white who whole why will wind with wonder "
+    "wood word work world would write year yes yet you your "
+).split()
