@@ -43,7 +43,7 @@ from vlcache_dist.types import SamplingParams
 
 BUILD: dict[str, Callable[..., Any]] = {"encoder": build_encoder, "prefill": build_prefill, "decode": build_decode}
 STORE_BYTES = KV_BYTES = 32 << 20
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 _ids = itertools.count(1)
 
@@ -245,7 +245,7 @@ class Pools:
             return not problems
 
         with contextlib.suppress(AssertionError):
-            await self.until(empty, 10.0)
+            await self.until(empty)
         assert not problems, "\n".join(problems)
         self.directory.state.validate()
         for worker in self.workers:

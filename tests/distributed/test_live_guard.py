@@ -130,26 +130,26 @@ async def test_workers_keep_common_books() -> None:
             await pools.until(lambda: not any(p.shadows.status()["pending"] for p in pools.prefills))
             if "off" in levels(pools, name):
                 break
-        await pools.until(lambda: levels(pools, name) == ["off", "off"], seconds=10)
+        await pools.until(lambda: levels(pools, name) == ["off", "off"])
 
         def agree() -> bool:
             books = [p.shadows.status()["formats"][name] for p in pools.prefills]
             seen = [b["own"]["shadows"] for b in books]
             return all(seen) and all(b["shadows"] == sum(seen) and b["workers"] == 2 for b in books)
 
-        await pools.until(agree, seconds=10)
+        await pools.until(agree)
 
         await pools.prefills.pop().close()
         pools.prefills.append(await pools.start_worker("prefill", 1))
         assert levels(pools, name) == ["off", "off"], "before its first request"
 
         await pools.restart_directory()
-        await pools.until(lambda: [{name: "off"}] == list(pools.directory.guard_books.stats().values()), seconds=10)
+        await pools.until(lambda: [{name: "off"}] == list(pools.directory.guard_books.stats().values()))
 
         while levels(pools, name) == ["off", "off"]:  # 65 clean runs are enough, more if trials at off were harmed
             for worker in pools.prefills:
                 for _ in range(20):
                     worker.shadows.guard.observe(name, Plan.parse("none"), Shadow(0.0, True, True))
-            await pools.until(lambda: not any(p.shadows.status()["untold"] for p in pools.prefills), seconds=10)
-        await pools.until(lambda: levels(pools, name) == ["strengthened"] * 2, seconds=10)
+            await pools.until(lambda: not any(p.shadows.status()["untold"] for p in pools.prefills))
+        await pools.until(lambda: levels(pools, name) == ["strengthened"] * 2)
         await pools.drained()

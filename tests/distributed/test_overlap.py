@@ -25,7 +25,7 @@ async def test_the_first_picture_is_prefilled_while_the_second_is_encoded(monkey
         a, b = picture(31), picture(32)
         asking = asyncio.create_task(pools.ask("1: ", a, "2: ", b, a.facts[0].question, prefill_worker="prefill-0"))
         try:
-            await pools.until(lambda: pools.recorded == 1, 15.0)
+            await pools.until(lambda: pools.recorded == 1)
             assert pools.encoded == 1 and not asking.done(), (
                 "the first picture's KV is there, the second's input is not"
             )

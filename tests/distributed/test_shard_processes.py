@@ -36,7 +36,7 @@ async def test_shards_fetch_through_nixl_and_a_killed_follower_ends_its_worker_a
         # Placement may have sent all of them elsewhere; then it dies idle.
         await pools.until(lambda: lost.engine.stats().running > 0 or all(task.done() for task in asked))
         followers(lost)[0].kill()
-        await pools.until(lambda: not lost.node.healthy, 5.0)
+        await pools.until(lambda: not lost.node.healthy)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert [a if isinstance(a, BaseException) else a.text for a in answers] == [fact.answer] * 4
         assert left.node.healthy

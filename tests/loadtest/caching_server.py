@@ -90,7 +90,7 @@ class Served:
         assert not self._thread.is_alive()
 
 
-def wait_for(ready: Callable[[], bool], patience_s: float = 10.0) -> None:
+def wait_for(ready: Callable[[], bool], patience_s: float = 60.0) -> None:
     deadline = time.monotonic() + patience_s
     while not ready():
         assert time.monotonic() < deadline

@@ -29,7 +29,7 @@ from vlcache_dist.parallel.processes import Processes
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=8, hidden=16, dtype="float32", model="none", tp_size=2)
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

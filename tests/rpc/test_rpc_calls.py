@@ -131,7 +131,7 @@ async def test_both_sides_keep_the_deadline(serve: Serve, client: RpcClient) -> 
     start = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         await client.call(server.address, wire.Drain(), timeout_s=0.3)
-    assert 0.25 < time.monotonic() - start < 2
+    assert 0.25 < time.monotonic() - start < 10
     await asyncio.wait_for(ended.wait(), 2)
 
 

@@ -240,6 +240,6 @@ async def test_a_call_that_the_server_knows_nothing_of_is_lost(client: RpcClient
         start = time.monotonic()
         with pytest.raises(WorkerLost, match="knows nothing"):
             await client.call(server.address, wire.Drain(), timeout_s=30)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 20
     finally:
         await server.close()

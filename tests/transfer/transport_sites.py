@@ -153,7 +153,7 @@ class NixlRemote:
     def stop(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
         stat = Path(f"/proc/{self.process.pid}/stat")
-        assert wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", 5)
+        assert wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", 60)
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
