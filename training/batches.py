@@ -246,6 +246,19 @@ def shapes(tokens: int) -> dict[int, list[Shape]]:
     return found
 
 
+def fitting(draw: Draw, shape: Shape, encoder: Encoder) -> Sample:
+    """A dialogue whose pictures and first answer lie within the shape's length. ``sample`` counts text roughly, and
+    prose has more tokens than it looks."""
+    room = shape.room
+    while True:
+        row = sample(draw, shape.grids, room)
+        _, spans, answers = encoder.encode(row)
+        pictures = max(start + shown.rows * shown.columns for start, shown in spans)
+        if max(pictures, answers[0][1]) <= shape.length:
+            return row
+        room //= 2
+
+
 def stream(encoder: Encoder, seed: int, tokens: int, hardness: Any, lessons: bool = True) -> Iterator[Batch]:
     """Batches of about ``tokens`` tokens for ever. ``hardness`` in [0, 1] is read anew for each if it is a shared
     value: at 0 one picture of 8 x 8 cells and little text, at 1 up to three of all sizes.
@@ -258,7 +271,7 @@ def stream(encoder: Encoder, seed: int, tokens: int, hardness: Any, lessons: boo
         count = rng.choices((1, 2, 3), (1.0, 0.9 * now, 0.35 * now))[0]
         shape = rng.choice(known[count] if rng.random() < now else easy)
         draw = Draw(rng, hardness=now, lessons=lessons)
-        rows = [sample(draw, shape.grids, shape.room) for _ in range(shape.rows)]
+        rows = [fitting(draw, shape, encoder) for _ in range(shape.rows)]
         yield collate(rows, encoder, shape.length, shape.learn_length)
 
 

@@ -196,7 +196,7 @@ def _prefix(draw: Draw, grids: Sequence[Grid], room: int) -> Built:
     question = follow()
     words = int(draw.hardness * draw.rng.randint(0, max(0, min(room - 30, 400))))
     if draw.rng.random() < 0.6:
-        return (draw.prose(words // 2 + 1) + draw.rng.choice((" ", "\n", "\n\n")), shown, question[0]), question, follow
+        return (draw.prose(words // 3 + 1) + draw.rng.choice((" ", "\n", "\n\n")), shown, question[0]), question, follow
     return (f"{_LOOK}{draw.words(words)}\n", shown, question[0]), question, follow
 
 

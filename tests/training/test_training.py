@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.batches import CELL_FIELDS, Encoder, cells, collate, positions, shapes, stream, validation
+from training.batches import CELL_FIELDS, Encoder, Shape, cells, collate, fitting, positions, shapes, stream, validation
 from training.export import MAX_BYTES, TEMPLATE, export, fresh_model
 from training.network import MEAN, STD, atlas, forward, paint
 from training.shrink import Neurons, dialogues, parts, shrink
@@ -214,6 +214,23 @@ def test_batches_have_few_shapes_of_all_sizes(encoder: Encoder) -> None:
         assert batch.vision.numel() == len(batch.ids) * sum(a * b for a, b in batch.grids)
         assert seen.setdefault(batch.shape, [t.shape for t in batch.tensors]) == [t.shape for t in batch.tensors]
     assert {len(b) - 3 for b in seen} == {1, 2, 3}
+
+
+def test_a_dialogue_that_does_not_fit_is_drawn_again(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text has more tokens than was guessed: pictures must not lie behind the row's end."""
+    plain, lengths = Draw.prose, []
+
+    def verbose(draw: Draw, count: int) -> str:
+        return plain(draw, 4 * count)
+
+    monkeypatch.setattr(Draw, "prose", verbose)
+    draw, shape = Draw(random.Random(3)), Shape(((8, 8),), 384, 40, 512)
+    drawn = [sample(draw, shape.grids, shape.room, "prefix") for _ in range(40)]
+    assert any(encoder.encode(row)[1][0][0] + 64 > shape.length for row in drawn), "nothing was too long"
+    for _ in range(40):
+        _, ((start, shown),), answers = encoder.encode(fitting(draw, shape, encoder))
+        lengths.append(max(start + shown.rows * shown.columns, answers[0][1]))
+    assert max(lengths) <= shape.length
 
 
 def test_places_are_told_to_the_early_layers(encoder: Encoder) -> None:
