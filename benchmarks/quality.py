@@ -44,7 +44,7 @@ from vlcache_dist.reuse.guard import Guard, Shadow
 from vlcache_dist.reuse.plan import Plan
 from vlcache_dist.reuse.plan_file import parse_plan_file
 
-TUNE_SEED, HELD_OUT_SEED = 0, 2000
+TUNE_SEED, HELD_OUT_SEED = 0, 3000
 SEEDS = (TUNE_SEED + 10, TUNE_SEED + 11, TUNE_SEED + 12)
 ROLE_CHANGES = ("swapped labels", "rows from the bottom, recorded without")
 UNCHANGED = "other text before"

@@ -203,11 +203,11 @@ def test_unreadable_files_are_refused(tmp_path):
 
 def test_who_says_nothing_gets_probes_that_are_watched_and_verified():
     plan = resolve_plan("guarded", model="m", num_layers=10)
-    assert str(plan) == "none+canary:0,3,5<0.36,6<0.45,again:4@8<0.02x2,left:6<0.33"
+    assert str(plan) == "none+canary:0,3,9<0.19,again:4@8<0.005x2,left:6<0.33"
     assert (plan.depths(64, 10) > 0).sum() == 3
-    larger = "none+canary:0,3,14<0.36,16<0.45,again:4@22<0.02x2,left:16<0.33"
+    larger = "none+canary:0,3,27<0.19,again:4@22<0.005x2,left:16<0.33"
     assert str(resolve_plan("guarded", model="m", num_layers=28)) == larger
-    least = "none+canary:0,3,0<0.36,again:4@0<0.02x2,left:0<0.33"
+    least = "none+canary:0,3,0<0.19,again:4@0<0.005x2,left:0<0.33"
     assert str(resolve_plan("guarded", model="m", num_layers=1)) == least
     with pytest.raises(InvalidPlan, match="before it travels"):
         Plan.parse("guarded")

@@ -11,10 +11,12 @@ import numpy as np
 
 from vlcache_dist.evaluate.names import ALWAYS, second_pass
 from vlcache_dist.evaluate.report import Outcome
-from vlcache_dist.reuse.calibrate import ReleaseChoice, choose_left, choose_release, release_bound
+from vlcache_dist.reuse.calibrate import LARGEST_MOVE, ReleaseChoice, choose_left, choose_release, release_bound
 from vlcache_dist.reuse.canary import Again, Canary
 
 PERCENTS = (2.0, 3.0, 5.0, 10.0)  #: of the suspicious spans' tokens: what is tried behind an alarm
+_STRICTER = (1.0, 0.3, 0.1)  #: of the limit, for a third pass: a case has two chances there to look as if it were right
+_MOVES = (LARGEST_MOVE, 0.03, 0.01, 0.003)  #: nats; what moved less and is wrong is told by what is left, if it can be
 _NEVER = 1000.0  #: a canary's limit that nothing exceeds
 
 Measure = Callable[[Sequence[str]], dict[str, list[Outcome]]]  #: by spelling, in the same order of cases
@@ -43,24 +45,30 @@ def choose_second_pass(
         moved = np.array([np.nan if o.moved is None else o.moved for o in outcomes[spelling]])
         harms = np.array([o.harmful for o in outcomes[spelling]])
         left = np.array([o.left for o in outcomes[spelling] if o.left is not None]).T  # of those that alarmed
-        fit = choose_left(left, moved[alarms], harms[alarms])
-        fits = np.ones(len(moved), bool)
-        if fit is not None:
-            fits[alarms] = left[fit[0]] <= fit[1]
-        choice = choose_release(moved[alarms & fits], harms[alarms & fits], harmful, bound)
         again = _shares(outcomes[spelling]) - first
-        computed = first + again + np.where(alarms & ~(fits & (moved <= choice.limit)), everything, 0.0)
-        tried.append((float(computed.mean()), Again(percent, layer, choice.limit, left=fit), choice, computed))
+        limits = []
+        for most in _MOVES:
+            fit = choose_left(left, moved[alarms], harms[alarms], most)
+            fits = np.ones(len(moved), bool)
+            if fit is not None:
+                fits[alarms] = left[fit[0]] <= fit[1]
+            choice = choose_release(moved[alarms & fits], harms[alarms & fits], harmful, bound, most)
+            computed = first + again + np.where(alarms & ~(fits & (moved <= choice.limit)), everything, 0.0)
+            limits.append((float(computed.mean()), Again(percent, layer, choice.limit, left=fit), choice, computed))
+        tried.append(min(limits, key=lambda one: one[0]))
     cost, again_, choice, computed = min(tried, key=lambda one: one[0])
-    if choice.released:
-        thrice = replace(again_, passes=2)
+    allowed = max(choice.released_harmful, int(bound * harmful))
+    for part in _STRICTER if choice.released else ():
+        thrice = replace(again_, passes=2, limit=round(again_.limit * part, 6))
         more = measure([f"{watched},{thrice}"])[f"{watched},{thrice}"]
         released = np.array([o.rechecked for o in more])
         wrong = int(sum(o.harmful for o in more if o.rechecked))
-        judged = ReleaseChoice(choice.limit, int(released.sum()), wrong, release_bound(wrong, harmful))
+        judged = ReleaseChoice(thrice.limit, int(released.sum()), wrong, release_bound(wrong, harmful))
         tried.append((float(_shares(more).mean()), thrice, judged, _shares(more)))
-        if wrong <= max(choice.released_harmful, int(bound * harmful)) and tried[-1][0] < cost:
-            cost, again_, choice, computed = tried[-1]
+        if wrong <= allowed:
+            if tried[-1][0] < cost:
+                cost, again_, choice, computed = tried[-1]
+            break
     without = float((first + everything).mean())
     record = {
         "bound": bound,

@@ -10,7 +10,8 @@ import numpy as np
 
 from vlcache_dist.reuse.evidence import wilson_upper
 
-EXTRA_FALSE_ALARMS = 0.05  #: share of harmless cases, or of alarms, that a wider margin may cost
+EXTRA_FALSE_ALARMS = 0.05  #: share of harmless cases that another layer, or of alarms that a wider margin, may cost
+ABOVE = 0.01  #: share of right answers that need not stay below a limit of what is left
 LARGEST_MOVE = 0.1  #: nats; a first token that a second pass moves further is another one
 _SMALLEST_MOVE = 1e-3  #: nats; moves below it are equal
 
@@ -31,50 +32,59 @@ def choose_limit(statistics: np.ndarray, harmful: np.ndarray, catch: float = 0.9
 
 
 def limit_choices(statistics: np.ndarray, harmful: np.ndarray, catch: float = 0.99) -> list[LimitChoice]:
-    """Layers and limits of a canary, the one with the widest margin first. ``statistics`` fp [layer, case] is a case's
-    largest deviation, ``harmful`` bool [case].
+    """Layers and limits of a canary, best first. ``statistics`` fp [layer, case] is a case's largest deviation,
+    ``harmful`` bool [case].
 
-    Per layer the highest limit that still catches the share ``catch`` of the harmful cases; from it downwards the
-    middle of the widest relative gap between neighbouring cases that costs at most ``EXTRA_FALSE_ALARMS`` more, since
-    a limit that touches the cases it was drawn from will miss their like. Layers whose false alarms exceed the
-    fewest by more than that are left out. Raises ValueError without harmful or harmless
-    cases: no limit follows from one kind.
+    Deviations come in two kinds: of pictures that kept their role and of those whose role changed. Whether a change
+    does harm is the question's luck, so a limit drawn between harmful and harmless cases lies among the second kind,
+    and misses the next format's. Hence per layer the limit lies between the two kinds (``split``), or lower, where
+    less than the share ``catch`` of the harmful cases exceeds that. First come layers whose split catches by itself,
+    each group in the order of how much of the variance the split explains; layers with many more false alarms than
+    the first of them are left out. Raises ValueError without harmful or harmless cases: no limit follows from one kind.
     """
     if not harmful.any() or harmful.all():
         raise ValueError(f"{int(harmful.sum())} of {len(harmful)} cases are harmful: both kinds are needed")
-    found: list[tuple[float, LimitChoice]] = []
+    found: list[tuple[bool, float, LimitChoice]] = []
     for layer, values in enumerate(np.maximum(statistics, 1e-9)):
         bad, good = np.sort(values[harmful]), values[~harmful]
-        allowed = int(np.floor((1 - catch) * len(bad) + 1e-9))
-        ceiling = float(bad[allowed])
-        worst = float((good >= ceiling).mean()) + EXTRA_FALSE_ALARMS
-        edges = np.append(np.sort(values[values < ceiling])[::-1], 1e-9)
-        upper, gap, limit = ceiling, 0.0, ceiling * (1 - 1e-6)
-        for lower in edges.tolist():
-            if float((good >= upper).mean()) > worst:
-                break
-            if lower > 1e-8 and np.log(upper / lower) > gap:
-                gap, limit = float(np.log(upper / lower)), float(np.sqrt(upper * lower))
-            upper = lower
-        limit = round(limit, 6)
-        alarms = float((good > limit).mean())
-        found.append((gap, LimitChoice(layer, limit, float((bad > limit).mean()), alarms)))
-    fewest = min(choice.false_alarms for _, choice in found)
-    near = [(gap, choice) for gap, choice in found if choice.false_alarms <= fewest + EXTRA_FALSE_ALARMS]
-    return [choice for _, choice in sorted(near, key=lambda pair: -pair[0])]
+        ceiling = float(bad[int(np.floor((1 - catch) * len(bad) + 1e-9))])
+        between, explained = split(values)
+        limit = round(min(between, ceiling * (1 - 1e-4)), 6)
+        choice = LimitChoice(layer, limit, float((bad > limit).mean()), float((good > limit).mean()))
+        found.append((between < ceiling, explained, choice))
+    best, *others = [choice for _, _, choice in sorted(found, key=lambda one: one[:2], reverse=True)]
+    return [best, *(one for one in others if one.false_alarms <= best.false_alarms + EXTRA_FALSE_ALARMS)]
 
 
-def choose_left(left: np.ndarray, moved: np.ndarray, harms: np.ndarray) -> tuple[int, float] | None:
-    """Layer and limit of the deviation ``left`` fp [layer, alarm] over what was lent, drawn like a canary's: above it
-    are all answers of a second pass that are wrong (``harms`` bool [alarm]) although they ``moved`` fp [alarm] by no
-    more than ``LARGEST_MOVE`` nats, which the first token's distribution cannot tell; and few of those that are right.
-    None where there is no such answer, or no right one."""
-    silent = harms & (moved <= LARGEST_MOVE)
+def split(values: np.ndarray) -> tuple[float, float]:
+    """Where positive ``values`` fp [case], at least two, fall into two kinds: the place that explains most of the
+    variance of their logarithms, and the share that it explains (Otsu, IEEE Trans. SMC 9(1), 1979)."""
+    logs = np.sort(np.log(values))
+    count, below = len(logs), np.arange(1, len(logs))
+    sums = np.cumsum(logs)[:-1]
+    apart = sums / below - (logs.sum() - sums) / (count - below)
+    between = below * (count - below) * apart**2 / count**2
+    at = int(between.argmax())
+    variance = float(logs.var())
+    return float(np.exp((logs[at] + logs[at + 1]) / 2)), float(between[at]) / variance if variance else 0.0
+
+
+def choose_left(
+    left: np.ndarray, moved: np.ndarray, harms: np.ndarray, most: float = LARGEST_MOVE
+) -> tuple[int, float] | None:
+    """Layer and limit of the deviation ``left`` fp [layer, alarm] over what was lent. Above it are all answers of a
+    second pass that are wrong (``harms`` bool [alarm]) although they ``moved`` fp [alarm] by no more than ``most``
+    nats, which the first token's distribution cannot tell. It is the geometric mean of the least of these and of what
+    all but ``ABOVE`` of the right answers stay below, in the layer where these two are furthest apart; just below the
+    former where they overlap. None where there is no such answer, or no right one."""
+    silent = harms & (moved <= most)
     if not silent.any() or harms.all():
         return None
-    cases = silent | ~harms
-    chosen = choose_limit(left[:, cases], silent[cases], catch=1.0)
-    return chosen.layer, chosen.limit
+    wrong = left[:, silent].min(1)
+    right = np.maximum(np.quantile(left[:, ~harms], 1 - ABOVE, axis=1), 1e-6)
+    layer = int(np.argmax(wrong / right))
+    limit = np.sqrt(wrong[layer] * min(right[layer], wrong[layer])) * (1 - 1e-4)
+    return layer, round(float(limit), 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +99,17 @@ class ReleaseChoice:
     at_most: float
 
 
-def choose_release(moved: np.ndarray, harms: np.ndarray, harmful_cases: int, bound: float) -> ReleaseChoice:
+def choose_release(
+    moved: np.ndarray, harms: np.ndarray, harmful_cases: int, bound: float, most: float = LARGEST_MOVE
+) -> ReleaseChoice:
     """``moved`` fp [alarm]: nats by which the second pass moved the first token; ``harms`` bool [alarm]: its answer is
     wrong. The limit releases at most ``bound * harmful_cases`` wrong answers and never one that moved by more than
-    ``LARGEST_MOVE``; below that it lies in the widest relative gap that costs at most ``EXTRA_FALSE_ALARMS`` of the
+    ``most``; below that it lies in the widest relative gap that costs at most ``EXTRA_FALSE_ALARMS`` of the
     alarms, since a limit that touches the cases it was drawn from lets their like pass. 0, and nothing released, where
     wrong answers do not move."""
     allowed = int(np.floor(bound * harmful_cases + 1e-9))
     wrong = np.sort(moved[harms])
-    ceiling = min(float(wrong[allowed]) if allowed < len(wrong) else LARGEST_MOVE, LARGEST_MOVE)
+    ceiling = min(float(wrong[allowed]) if allowed < len(wrong) else most, most)
     if ceiling <= _SMALLEST_MOVE:  # what is wrong does not move: nothing can be told
         return ReleaseChoice(0.0, 0, 0, release_bound(0, harmful_cases))
     below = np.sort(np.maximum(moved[moved < ceiling], _SMALLEST_MOVE))[::-1]
