@@ -1,8 +1,11 @@
 """The engine itself under a watched plan, on the evaluation's formats: what is released, rechecked, computed in full.
 
-    python benchmarks/second_pass.py --suite held-out --cases 16 --json benchmarks/results/second-pass-tiny.json
-    python benchmarks/second_pass.py --suite held-out --cases 24 --engine-only --changed-roles --seed 22 \
-        --plan 'none+canary:0,3,5<0.42,again:5@8<0.02x2' --json benchmarks/results/escalation-third-tiny.json
+    python benchmarks/second_pass.py --cases 4 --json benchmarks/results/second-pass-tiny.json
+    python benchmarks/second_pass.py --cases 16 --engine-only --changed-roles --seed 22 \
+        --json benchmarks/results/escalation-third-tiny.json
+    python benchmarks/second_pass.py --cases 16 --engine-only --changed-roles --seed 22 \
+        --plan 'none+canary:0,3,9<0.19,again:4@8<0.005,left:6<0.33' \
+        --json benchmarks/results/escalation-second-tiny.json
 
 Every case: empty caches, the donors' prompts, the question under the plan, and once with nothing reused. KL is a lower
 bound over 20 alternatives (``reuse.drift``). ``computed_share``: vision token-layers that the engine computed for the
@@ -38,10 +41,13 @@ from vlcache_dist.reuse.guarded import spelled_out
 
 CHANGED_ROLES = (
     "alone, then one of three",
+    "unlabelled, another order",
     "sliding window",
     "same picture twice",
     "second picture in a later turn",
     "question first, pictures swapped",
+    "color across two pictures",
+    "recorded with rows from the bottom",
 )
 
 

@@ -48,7 +48,7 @@ def test_targets_are_met_or_missed_by_what_they_say() -> None:
     assert missed(figures(computed_share=1.01)) == ["on average in the harmful formats"]
     dear = figures()
     dear["many"]["rows"][2]["computed_share"] = 0.06
-    assert missed(dear) == ["vision tokens computed in any harmless format"]
+    assert missed(dear) == ["vision tokens computed in the harmless formats"]
     few = figures()
     few["detector"]["verdicts"]["guarded"] |= {"cases": 999, "false_alarms": 0.06}
     assert missed(few) == ["harmful reuse caught or repaired", "harmless reuse computed in full"]

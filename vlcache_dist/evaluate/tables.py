@@ -210,18 +210,6 @@ def _shares(figures: Mapping[str, Any]) -> str:
     return _table(("policy", "exact match", "KL", "first token agrees"), lines)
 
 
-def _more(figures: Mapping[str, Any]) -> str:
-    rows = [row for row in figures["more_suites"] if row["format"] != "all"]
-    head = ("format", "cases", "in full", "policy", "exact match", "KL", "first token agrees")
-    return _table(
-        head,
-        (
-            [r["format"], str(r["cases"]), f"{r['full_exact_match']:.3f}", f"`{r['policy']}`", *_measured(r)]
-            for r in rows
-        ),
-    )
-
-
 def _abilities(figures: Mapping[str, Any]) -> str:
     rows = figures["abilities"]
     halves = {row["format"]: row["full_exact_match"] for row in rows}
@@ -252,7 +240,6 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "sensitivity": _sensitivity,
     "repair": _repair,
     "shares": _shares,
-    "more-suites": _more,
     "abilities": _abilities,
     "ttft": _ttft,
 }
