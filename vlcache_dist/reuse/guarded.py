@@ -2,8 +2,8 @@
 
 Nothing but three strided probes is recomputed; they are watched, and an alarm is verified before everything is computed
 (``reuse.canary``). Limits are those that the bundled model's tuning formats gave (docs/reuse.md), at the same relative
-depth: probes are judged in the last layer, what a loan leaves at three fifths, and attention is read at four fifths. For
-another model they are a guess that the live guard watches over, until ``vlcache-dist calibrate`` has measured them.
+depth: probes are judged in the last layer, what a loan leaves at three fifths, and attention is read at four fifths.
+For another model they are a guess that the live guard watches over, until ``vlcache-dist calibrate`` has measured them.
 """
 
 from __future__ import annotations
