@@ -1,13 +1,13 @@
-"""Everything that docs/reuse.md says of the bundled model, in resumable parts:
+"""Everything that docs/reuse.md and docs/tiny-model.md say of the bundled model, in resumable parts:
 
     python benchmarks/quality.py --workers 16 --json benchmarks/results/quality-tiny.json
     vlcache-dist eval --from-json benchmarks/results/quality-tiny.json --plots docs/pictures
-    python benchmarks/quality_tables.py docs/reuse.md
+    python benchmarks/quality_tables.py docs/reuse.md docs/tiny-model.md
 
 Finished batches go to ``--work`` (a .jsonl per part): the same command goes on where a stopped one left off. Parts can
 be run by themselves (``--parts``), two commands side by side on different parts too; what others left in the JSON stays
 in it. ``held-out`` wants what ``calibration`` found. Tuning sees the suite ``tune`` with seeds below
-1,000 only; what is reported of ``held-out`` has seed 2,000.
+1,000 only; what is reported of ``held-out`` has seed 3,000.
 """
 
 from __future__ import annotations
@@ -237,6 +237,14 @@ def positions(run: Run) -> None:
     run.save(positions=read_positions(cases, journal))
 
 
+def resume(run: Run) -> None:
+    """Escalating from a layer boundary: what is left if all layers from it on are computed from the states that the
+    picture's tokens had before it where they were recorded."""
+    cases = [c for c in generate("tune", run.cases(BATCH), TUNE_SEED + 20) if c.format in ROLE_CHANGES]
+    names = ["none", *(f"resume:{layer}" for layer in range(1, run.layers))]
+    run.save(resume=[row for row in run.rows("resume", cases, names) if row["format"] != "all"])
+
+
 def guard(run: Run) -> None:
     """Simulated: requests until the live guard notices a plan that fails half of them, at a forced sampling of 5 %, and
     10,000 requests of which as many are harmed as counts as healthy."""
@@ -284,6 +292,7 @@ PARTS: dict[str, Callable[[Run], object]] = {
     "seeds": seeds,
     "errors": errors,
     "positions": positions,
+    "resume": resume,
     "guard": guard,
     "held-out": held_out,
     "ttft": ttft,

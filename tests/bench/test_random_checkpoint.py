@@ -18,7 +18,7 @@ from vlcache_dist.model.weights import BUNDLED, Checkpoint, resolve
 
 
 def test_it_answers_with_printable_text_to_the_last_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 16 << 20)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 10 << 20)
     write_random(tmp_path / "model", "tiny", "cpu", "float32")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == 3
     (tmp_path / "picture.png").write_bytes(draw("form", 3).png())

@@ -9,11 +9,11 @@ import torch
 from vlcache_dist import LLM, SamplingParams
 from vlcache_dist.config import EngineSettings
 from vlcache_dist.errors import InvalidPlan
-from vlcache_dist.evaluate.cases import Case
+from vlcache_dist.evaluate.cases import Case, Donor
 from vlcache_dist.evaluate.generated import generate
 from vlcache_dist.evaluate.policies import parse_policy
 from vlcache_dist.evaluate.report import Outcome
-from vlcache_dist.evaluate.run import evaluate
+from vlcache_dist.evaluate.run import evaluate, under
 from vlcache_dist.evaluate.trial import Trial
 from vlcache_dist.evaluate.ttft import openai_messages
 from vlcache_dist.evaluate.workbench import Workbench
@@ -78,6 +78,24 @@ def test_a_full_recompute_is_the_full_run_and_batches_do_not_matter(bench: Workb
     for b, case in enumerate(cases):
         alone = Trial(bench, [case])
         torch.testing.assert_close(alone.full.logprobs[0], together.full.logprobs[b], atol=2e-4, rtol=0)
+
+
+def test_resuming_from_a_layer_boundary(bench: Workbench) -> None:
+    """From the embeddings on it is a full run; where the context is the donor's, from any boundary; elsewhere what lies
+    above the boundary is right and what lies below is not."""
+    swapped = next(case for case in picked() if case.format == "swapped labels")
+    same = Case("same", swapped.dialogue, swapped.answers, tuple(Donor(swapped.dialogue, n) for n in range(2)))
+    for case, boundaries in ((swapped, (0,)), (same, (0, 4, 9))):
+        for boundary in boundaries:
+            trial = Trial(bench, [case])
+            answers = under(trial, parse_policy(f"resume:{boundary}")).answers
+            torch.testing.assert_close(answers.logprobs, trial.full.logprobs, atol=2e-4, rtol=0)
+    trial = Trial(bench, [swapped])
+    done = under(trial, parse_policy("resume:9"))
+    assert done.computed[0] == trial.known.sum()
+    assert float((done.answers.logprobs - trial.full.logprobs).abs().max()) > 0.1, "its role came from below"
+    with pytest.raises(InvalidPlan, match="10 layers"):
+        under(trial, parse_policy("resume:10"))
 
 
 def test_policies_do_what_they_say(bench: Workbench) -> None:

@@ -55,6 +55,16 @@ class Shift:
 
 
 @dataclass(slots=True)
+class Resume:
+    """Rows ``rows`` bool [B, R] enter layer ``layer`` with the hidden states ``x`` [B, R, C] instead of what the layers
+    below made of them."""
+
+    layer: int
+    rows: torch.Tensor
+    x: torch.Tensor
+
+
+@dataclass(slots=True)
 class Attention:
     """The attention that row ``rows[b]`` (int64 [B], of the rows that run) of each case pays to the cache's rows, mean
     over heads. ``run`` appends fp32 [B, keys] per layer to ``layers``."""
@@ -102,12 +112,15 @@ class DenseModel:
         capture: torch.Tensor | None = None,
         shifts: Sequence[Shift] = (),
         attention: Attention | None = None,
+        resume: Resume | None = None,
+        below: int | None = None,
     ) -> tuple[torch.Tensor, Captured | None]:
         """Rows x [B, R, C] at cache rows ``index`` int64 [B, R] (S for padding) through all layers; returns hidden
         states [B, R, C] before the last norm. ``fresh`` bool [layer, B, R]: whether the layer's K and V of the row
         replace what the cache has (None: always). ``capture`` int64 [B, M]: rows whose K and V are returned.
         ``shifts``: corrections of cached tokens, applied to ``cache`` layer by layer before the layer attends.
-        ``attention``: is filled where given."""
+        ``attention``: is filled where given. ``below``: the states before this layer are wanted, and no layers from it
+        on."""
         batch, rows = index.shape
         length, config = cache.length, self.config
         d, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
@@ -116,7 +129,9 @@ class DenseModel:
         keys = int(index[index < length].max()) + 1
         mask = torch.arange(keys, device=index.device)[None, None, None] <= index[:, None, :, None]
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for n, layer in enumerate(self.language.layers):
+        for n, layer in enumerate(self.language.layers[:below]):
+            if resume is not None and n == resume.layer:
+                x = torch.where(resume.rows[..., None], resume.x, x)
             h = kernels.rms_norm(x.reshape(-1, x.shape[-1]), layer.input_norm, config.rms_norm_eps)
             q, k, v = F.linear(h, layer.qkv, layer.qkv_bias).split((heads * d, kv_heads * d, kv_heads * d), -1)
             q, k, v = q.unflatten(-1, (-1, d)), k.unflatten(-1, (-1, d)), v.view(batch, rows, kv_heads, d)
@@ -143,6 +158,9 @@ class DenseModel:
             x = x + F.linear(kernels.silu_mul(F.linear(h, layer.gate_up).flatten(0, 1)), layer.down).view(x.shape)
         if capture is None:
             return x, None
+        if not seen:
+            nothing = x.new_empty((0, *capture.shape, kv_heads, d))
+            return x, Captured(nothing, nothing.clone())
         return x, Captured(*(torch.stack(part) for part in zip(*seen, strict=True)))
 
     def _shift(self, n: int, shift: Shift, k: torch.Tensor, v: torch.Tensor, cache: DenseCache) -> None:

@@ -25,6 +25,8 @@ spelling       what is fresh; source
 ``band:I/N``     part I (from 0) of N equal parts, in all layers: which tokens matter
 ``inverse:A-B``  few tokens in low layers, more in high ones; all hidden states are computed, which is counted (a
                cache of hidden states would save that)
+``resume:B``     all tokens in layers B and above, from the hidden states that they had before layer B where they were
+                 recorded; K and V of the layers below stay (escalation from a cached layer boundary)
 ``X+canary:..``  plan X with probe tokens; a picture whose probes deviate, and all behind it, is computed in full
 ============== ====================================================================================================
 
@@ -83,6 +85,7 @@ class Policy:
     shifted: bool = False
     canary: Canary | None = None
     attend: Attend | None = None
+    resume: int | None = None
 
 
 def parse_policy(spelling: str) -> Policy:
@@ -100,6 +103,9 @@ def parse_policy(spelling: str) -> Policy:
         return Policy(spelling, _tokens(lambda view: probe_tokens(view.num_tokens, 0, count)), shifted=True)
     if form == "layer":
         return Policy(spelling, _one_layer(int(_number(rest, spelling)), spelling))
+    if form == "resume":
+        boundary = int(_number(rest, spelling))
+        return Policy(spelling, _from_layer(boundary, spelling), resume=boundary)
     if form == "band":
         return Policy(spelling, _band(rest, spelling))
     if form == "attend":
@@ -131,6 +137,17 @@ def _one_layer(layer: int, spelling: str) -> Callable[[SpanView], Choice]:
         fresh = np.zeros((view.num_layers, view.num_tokens), bool)
         fresh[layer] = True
         return Choice(fresh, view.num_tokens * (layer + 1))
+
+    return choose
+
+
+def _from_layer(boundary: int, spelling: str) -> Callable[[SpanView], Choice]:
+    def choose(view: SpanView) -> Choice:
+        if boundary >= view.num_layers:
+            raise InvalidPlan(f"policy {spelling!r}: the model has {view.num_layers} layers")
+        fresh = np.zeros((view.num_layers, view.num_tokens), bool)
+        fresh[boundary:] = True
+        return Choice(fresh, int(fresh.sum()))
 
     return choose
 

@@ -100,7 +100,7 @@ def under(trial: Trial, policy: Policy, seed: int = 0) -> Passes:
     if policy.canary is None:
         answers = trial.full
         if not fresh[:, trial.known].all():
-            answers, _ = trial.reuse(fresh, rotated=policy.rotated, shifted=policy.shifted)
+            answers, _ = trial.reuse(fresh, rotated=policy.rotated, shifted=policy.shifted, resume=policy.resume)
         return Passes(answers, computed, others, None)
     answers, seen = trial.watched(fresh, probes)
     settled = settle(trial, policy.canary, fresh, probes, answers, seen)

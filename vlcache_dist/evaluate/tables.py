@@ -210,6 +210,15 @@ def _shares(figures: Mapping[str, Any]) -> str:
     return _table(("policy", "exact match", "KL", "first token agrees"), lines)
 
 
+def _resume(figures: Mapping[str, Any]) -> str:
+    by_format: dict[str, dict[str, float]] = {}
+    for row in figures["resume"]:
+        by_format.setdefault(row["format"], {})[row["policy"].removeprefix("resume:")] = row["kl"]
+    boundaries = [name for name in next(iter(by_format.values())) if name != "none"]
+    lines = [[name, *(_kl(kl[one]) for one in (*boundaries, "none"))] for name, kl in by_format.items()]
+    return _table(("KL, resumed at layer", *boundaries, "not at all"), lines)
+
+
 def _abilities(figures: Mapping[str, Any]) -> str:
     rows = figures["abilities"]
     halves = {row["format"]: row["full_exact_match"] for row in rows}
@@ -240,6 +249,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "sensitivity": _sensitivity,
     "repair": _repair,
     "shares": _shares,
+    "resume": _resume,
     "abilities": _abilities,
     "ttft": _ttft,
 }

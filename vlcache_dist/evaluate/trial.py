@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from vlcache_dist.evaluate.cases import Case, Dialogue, Donor
-from vlcache_dist.evaluate.dense import Attention, Captured, DenseCache, Shift
+from vlcache_dist.evaluate.dense import Attention, Captured, DenseCache, Resume, Shift
 from vlcache_dist.evaluate.workbench import Tokens, Workbench
 
 
@@ -46,6 +46,18 @@ class _Run:
     shifts: Sequence[Shift]
     columns: Sequence[np.ndarray]
     last: torch.Tensor
+    resume: Resume | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A donor's picture: unrotated K and V [layer, n, kv_head, head_dim], positions int [3, n], hidden states [n, C]
+    behind the layers that ran."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    positions: torch.Tensor
+    hidden: torch.Tensor
 
 
 def of(bench: Workbench, cases: Sequence[Case]) -> Trial:
@@ -67,9 +79,7 @@ class Trial:
 
     def __init__(self, bench: Workbench, cases: Sequence[Case]) -> None:
         self.bench, self.cases, dense = bench, cases, bench.dense
-        donors = [d for case in self.cases for d in case.donors if d is not None]
         bench.encode(p for case in self.cases for p in case.dialogue.pictures)
-        bench.encode(p for d in donors for p in d.dialogue.pictures)
         self.tokens = [bench.tokens(case.dialogue) for case in self.cases]
         self._length = max(len(t.ids) for t in self.tokens)
         self._rows = self._length + bench.max_answer
@@ -93,7 +103,7 @@ class Trial:
         self.computed = fresh
         self.known = np.zeros(where.shape, bool)
         self._vision_positions = self._positions.gather(2, gather[None].expand(3, -1, -1))
-        self._record(donors, fresh)
+        self._record(fresh)
         self.deviation = _deviation(fresh, self._kept)
         self._passes: dict[tuple[bytes, bytes], tuple[Answers, Deviation]] = {}
         self._lent: dict[tuple[bytes, bytes, bytes], tuple[Captured, np.ndarray]] = {}
@@ -121,18 +131,24 @@ class Trial:
         probes: np.ndarray | None = None,
         shifted: bool = False,
         kept: Captured | None = None,
+        resume: int | None = None,
     ) -> tuple[Answers, Deviation | None]:
         """Answers with cached K, V of every vision token and layer that ``fresh`` bool [layer, B, M] does not name.
         ``only``: the cases to run (all); results are in their order. ``probes`` bool [B, M]: tokens, fresh in every
         layer, whose deviation is wanted ([layer, B, M], 0 elsewhere). ``rotated=False`` leaves keys at the positions at
         which they were recorded. ``shifted``: cached tokens of a picture follow those of it that are fresh in every
-        layer (``dense.Shift``). ``kept``: of the cases that run, in place of what was recorded (``lent``)."""
+        layer (``dense.Shift``). ``kept``: of the cases that run, in place of what was recorded (``lent``). ``resume``:
+        reused pictures enter this layer with the hidden states that they had where they were recorded."""
         dense, device = self.bench.dense, self.bench.device
         picked = list(range(len(self.cases)) if only is None else only)
         run = self._prepared(picked, fresh, rotated, shifted, kept)
+        if resume is not None:
+            run = replace(run, resume=self._resumed(run, picked, resume))
         widest = run.index.shape[1]
         capture = None if probes is None else torch.arange(widest, device=device).expand((len(picked), -1))
-        hidden, seen = dense.run(run.x, run.index, run.positions, run.cache, run.mask, capture, run.shifts)
+        hidden, seen = dense.run(
+            run.x, run.index, run.positions, run.cache, run.mask, capture, run.shifts, resume=run.resume
+        )
         answers = self._answer(hidden[torch.arange(len(picked)), run.last], run.cache, picked)
         if probes is None or seen is None:
             return answers, None
@@ -299,11 +315,41 @@ class Trial:
                 )
         return shifts
 
-    def _record(self, donors: Sequence[Donor], like: Captured) -> None:
-        """Run every donor up to the end of its picture and keep the picture's K and V."""
-        bench, dense = self.bench, self.bench.dense
+    def _resumed(self, run: _Run, picked: Sequence[int], layer: int) -> Resume:
+        states: dict[Donor, torch.Tensor] = {}
+        for donors in self._donors(below=layer):
+            states |= {donor: found.hidden for donor, found in donors.items()}
+        rows = torch.zeros(run.index.shape, dtype=torch.bool)
+        x = torch.zeros_like(run.x)
+        for i, b in enumerate(picked):
+            for given, here in zip(self.cases[b].donors, self.columns[b], strict=True):
+                if given is not None:
+                    inside = (run.columns[i] >= here.start) & (run.columns[i] < here.stop)
+                    at = np.flatnonzero(inside)
+                    rows[i, at] = True
+                    x[i, at] = states[given][run.columns[i][at] - here.start]
+        return Resume(layer, rows.to(x.device), x)
+
+    def _record(self, like: Captured) -> None:
+        """Keep the K and V of donors' pictures."""
         self._kept = Captured(torch.zeros_like(like.k), torch.zeros_like(like.v))
         self._kept_positions = self._vision_positions.clone()
+        found: dict[Donor, _Found] = {}
+        for donors in self._donors():
+            found |= donors
+        for b, case in enumerate(self.cases):
+            for given, here in zip(case.donors, self.columns[b], strict=True):
+                if given is not None:
+                    one = found[given]
+                    self._kept.k[:, b, here], self._kept.v[:, b, here] = one.k, one.v
+                    self._kept_positions[:, b, here] = one.positions
+                    self.known[b, here] = True
+
+    def _donors(self, below: int | None = None) -> Iterator[dict[Donor, _Found]]:
+        """Run every donor up to the end of its picture. ``below``: through so many layers, or all."""
+        bench, dense = self.bench, self.bench.dense
+        donors = [d for case in self.cases for d in case.donors if d is not None]
+        bench.encode(p for d in donors for p in d.dialogue.pictures)
         wanted: dict[Dialogue, list[int]] = {}
         for donor in dict.fromkeys(donors):
             wanted.setdefault(donor.dialogue, []).append(donor.index)
@@ -312,7 +358,6 @@ class Trial:
             t, last = bench.tokens(dialogue), max(indices)
             stop, spans = t.spans[last].end, t.spans[: last + 1]
             cut.append(Tokens(t.ids[:stop], t.positions[:, :stop], t.delta, spans, t.pictures))
-        found: dict[Donor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         for start in range(0, len(cut), 64):
             part, asked = cut[start : start + 64], list(wanted.items())[start : start + 64]
             x, index, positions = _stack(bench, part, max(len(t.ids) for t in part))
@@ -321,18 +366,19 @@ class Trial:
                 for t, (_, indices) in zip(part, asked, strict=True)
             ]
             capture = torch.nn.utils.rnn.pad_sequence(at, batch_first=True).to(bench.device)
-            _, seen = dense.run(x, index, positions, dense.new_cache(len(part), x.shape[1]), capture=capture)
+            cache = dense.new_cache(len(part), x.shape[1])
+            hidden, seen = dense.run(x, index, positions, cache, capture=capture, below=below)
             assert seen is not None
+            found: dict[Donor, _Found] = {}
             for i, (dialogue, indices) in enumerate(asked):
                 stop = 0
                 for n in indices:
                     here = slice(stop, stop := stop + part[i].spans[n].length)
-                    found[Donor(dialogue, n)] = seen.k[:, i, here], seen.v[:, i, here], positions[:, i, at[i][here]]
-        for b, case in enumerate(self.cases):
-            for given, here in zip(case.donors, self.columns[b], strict=True):
-                if given is not None:
-                    self._kept.k[:, b, here], self._kept.v[:, b, here], self._kept_positions[:, b, here] = found[given]
-                    self.known[b, here] = True
+                    found[Donor(dialogue, n)] = _Found(
+                        seen.k[:, i, here], seen.v[:, i, here], positions[:, i, at[i][here]], hidden[i, at[i][here]]
+                    )
+            yield found
+        bench.forget()
 
     def _answer(self, hidden: torch.Tensor, cache: DenseCache, picked: Sequence[int] | None = None) -> Answers:
         """Greedy decoding from the last prompt rows' hidden states [B, C]."""

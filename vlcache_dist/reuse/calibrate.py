@@ -13,6 +13,7 @@ from vlcache_dist.reuse.evidence import wilson_upper
 EXTRA_FALSE_ALARMS = 0.05  #: share of harmless cases that another layer, or of alarms that a wider margin, may cost
 ABOVE = 0.01  #: share of right answers that need not stay below a limit of what is left
 LARGEST_MOVE = 0.1  #: nats; a first token that a second pass moves further is another one
+_ALIKE = 1e-9  #: variance of logarithms below which values are all the same
 _SMALLEST_MOVE = 1e-3  #: nats; moves below it are equal
 
 
@@ -51,7 +52,7 @@ def limit_choices(statistics: np.ndarray, harmful: np.ndarray, catch: float = 0.
         between, explained = split(values)
         limit = round(min(between, ceiling * (1 - 1e-4)), 6)
         choice = LimitChoice(layer, limit, float((bad > limit).mean()), float((good > limit).mean()))
-        found.append((between < ceiling, explained, choice))
+        found.append((explained > 0 and between < ceiling, explained, choice))
     best, *others = [choice for _, _, choice in sorted(found, key=lambda one: one[:2], reverse=True)]
     return [best, *(one for one in others if one.false_alarms <= best.false_alarms + EXTRA_FALSE_ALARMS)]
 
@@ -66,7 +67,8 @@ def split(values: np.ndarray) -> tuple[float, float]:
     between = below * (count - below) * apart**2 / count**2
     at = int(between.argmax())
     variance = float(logs.var())
-    return float(np.exp((logs[at] + logs[at + 1]) / 2)), float(between[at]) / variance if variance else 0.0
+    explained = float(between[at]) / variance if variance > _ALIKE else 0.0
+    return float(np.exp((logs[at] + logs[at + 1]) / 2)), explained
 
 
 def choose_left(
