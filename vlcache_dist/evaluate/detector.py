@@ -9,7 +9,7 @@ import numpy as np
 
 from vlcache_dist.evaluate.report import HARMFUL_KL, Outcome
 from vlcache_dist.evaluate.study import Sighting, statistics
-from vlcache_dist.reuse.calibrate import choose_limit, roc
+from vlcache_dist.reuse.calibrate import choose_limit, roc, split
 from vlcache_dist.reuse.evidence import wilson_upper
 
 Probes = tuple[int, int]
@@ -53,7 +53,20 @@ def _one(probes: Probes, tuned: Sequence[Sighting], tried: Sequence[Sighting]) -
         "held_out_cases_in_harmless_formats": int(in_calm.sum()),
         "held_out_false_alarms_in_harmless_formats": _share(alarms[in_calm].mean()),
         "auc_by_layer_V_max": [_share(roc(layer, harmed)[1]) for layer in other],
+        "norms": [_norm(tried, of_keys, averaged) for of_keys in (True, False) for averaged in (False, True)],
         "auc_entropy": _share(roc(np.array([s.entropy for s in tried]), harmed)[1]),
+    }
+
+
+def _norm(tried: Sequence[Sighting], of_keys: bool, averaged: bool) -> dict[str, Any]:
+    """Of another statistic by layer: the area under its ROC, and how many harmful cases its split would miss."""
+    values, harmful = statistics(tried, of_keys=of_keys, averaged=averaged)
+    missed = [int((layer[harmful] <= split(np.maximum(layer, 1e-9))[0]).sum()) for layer in values]
+    return {
+        "of": "K" if of_keys else "V",
+        "over_probes": "mean" if averaged else "max",
+        "auc_by_layer": [_share(roc(layer, harmful)[1]) for layer in values],
+        "missed_by_split": missed,
     }
 
 

@@ -79,9 +79,14 @@ def _json(sighting: Sighting) -> dict[str, Any]:
     return asdict(sighting) | arrays
 
 
-def statistics(sightings: Sequence[Sighting]) -> tuple[np.ndarray, np.ndarray]:
-    """The canary's statistic fp32 [layer, case], and bool [case]: was the reuse harmful."""
-    values = np.stack([np.nanmax(s.ratios[:, 1], axis=(0, 2)) for s in sightings], 1)
+def statistics(
+    sightings: Sequence[Sighting], *, of_keys: bool = False, averaged: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The canary's statistic fp32 [layer, case], and bool [case]: was the reuse harmful. The largest deviation of V
+    over a case's pictures and their probes; ``of_keys``: of K before rotation; ``averaged``: over a picture's probes
+    the mean."""
+    over = np.nanmean if averaged else np.nanmax
+    values = np.stack([over(s.ratios[:, 0 if of_keys else 1], axis=2).max(0) for s in sightings], 1)
     return values, np.array([s.harmful for s in sightings])
 
 
