@@ -21,7 +21,9 @@ from vlcache_dist.config import ServeSettings, Settings
 from vlcache_dist.errors import ConfigError
 from vlcache_dist.interrupts import terminate_as_interrupt, uninterrupted
 from vlcache_dist.leftovers import end, marked
+from vlcache_dist.model.weights import BUNDLED
 from vlcache_dist.pixels import PixelConfig
+from vlcache_dist.reuse.guarded import GUARDED
 from vlcache_dist.reuse.plan_file import resolve_plan
 from vlcache_dist.serve.app import build
 from vlcache_dist.serve.endpoint import check_endpoint, choose_port, url_of
@@ -52,6 +54,8 @@ def running(settings: Settings, *, ready_s: float = 180.0, say: Callable[[str], 
     if own.address is None:
         say(f"opening {settings.model.model}")
         _check_model(settings)
+    if settings.engine.plan == GUARDED and settings.model.model != BUNDLED:
+        say(f"plan {GUARDED}: its limits were measured on {BUNDLED!r}; `vlcache-dist calibrate` measures this model")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     mark = secrets.token_hex(8)
     with terminate_as_interrupt() as again:
