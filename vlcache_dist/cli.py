@@ -1,4 +1,4 @@
-"""The command line: ``vlcache-dist serve | demo | status | loadtest``."""
+"""The command line: what ``vlcache-dist --help`` lists, read and handed to whoever does it."""
 
 from __future__ import annotations
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from gates import Gate, cancel, start
 from pools import Pools, picture
 
 from vlcache_dist.errors import DeadlineExceeded, EngineError, StoreFull
@@ -33,30 +33,6 @@ async def pools(shared: Pools) -> AsyncIterator[Pools]:
     image = picture(1)
     assert (await shared.ask(image, image.facts[0].question)).text == image.facts[0].answer
     await shared.drained()
-
-
-class Gate:
-    """Holds a function up in the middle of a request; ``opened`` lets it go on."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self.reached = threading.Event()
-        self.opened = threading.Event()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.reached.set()
-        assert self.opened.wait(20)
-        return self._function(*args, **kwargs)
-
-
-def start(pools: Pools, *parts: Any, **options: Any) -> asyncio.Task[Any]:
-    return asyncio.create_task(pools.ask(*parts, **options))
-
-
-async def cancel(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
 
 
 @pytest.mark.parametrize("reuse", [ReuseMode.APPROX, ReuseMode.OFF])

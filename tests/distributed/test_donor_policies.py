@@ -14,7 +14,7 @@ from pools import Pools, picture
 from vlcache_dist import wire
 from vlcache_dist.errors import StoreFull
 from vlcache_dist.kv.object_store import Extent
-from vlcache_dist.prefill_workers import donors as module
+from vlcache_dist.prefill_workers import idle
 from vlcache_dist.prefill_workers.donors import Donors
 from vlcache_dist.types import KVSource, MediaSpan, ObjectKind, ReuseMode, SamplingParams
 
@@ -100,7 +100,7 @@ def _no_room(*what: Any) -> Any:
 
 async def test_the_background_waits_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests come first, for as long as there is patience."""
-    monkeypatch.setattr(module, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(idle, "PATIENCE_S", 0.3)
     busy = SimpleNamespace(running=1, waiting=0)
     recorded: list[str] = []
 

@@ -22,12 +22,11 @@ from vlcache_dist import wire
 from vlcache_dist.engine.api import EngineStats
 from vlcache_dist.errors import VLCacheError
 from vlcache_dist.node import Node
+from vlcache_dist.prefill_workers import idle
 from vlcache_dist.types import ContentKey, KVSource, ObjectKind, ReuseMode, SamplingParams, SpanReport
 
 log = logging.getLogger(__name__)
 MAX_PENDING = 32  #: pictures; the oldest is forgotten for a newer one
-POLL_S = 0.05
-PATIENCE_S = 2.0  #: for an idle engine: one that is always busy would never reuse anything
 TIMEOUT_S = 60.0
 
 
@@ -84,15 +83,11 @@ class Donors:
             self._arrived.clear()
             while self._pending:
                 _, since = next(iter(self._pending.values()))
-                if not self._may_start(since):
-                    await asyncio.sleep(POLL_S)
+                if not idle.may_begin(self._stats(), since):
+                    await asyncio.sleep(idle.POLL_S)
                     continue
                 _, (order, _) = self._pending.popitem(last=False)
                 await self._carry_out(order, TIMEOUT_S)
-
-    def _may_start(self, since: float) -> bool:
-        stats = self._stats()
-        return not (stats.running or stats.waiting) or time.monotonic() - since > PATIENCE_S
 
     def _order(self, message: wire.Prefill, index: int) -> wire.Prefill:
         """The request that records span ``index`` of ``message``: the picture in the donors' context, one token."""

@@ -24,6 +24,7 @@ from vlcache_dist.engine.engine import Engine
 from vlcache_dist.errors import EngineError, VLCacheError
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.node import Node
+from vlcache_dist.prefill_workers import idle
 from vlcache_dist.reuse.books import Shadow
 from vlcache_dist.reuse.context import Advice, ContextMemory, prompt_format, recorded_in, signature
 from vlcache_dist.reuse.drift import ALTERNATIVES, first_token_drift
@@ -35,8 +36,6 @@ from vlcache_dist.wire import Generation, Tokens
 
 log = logging.getLogger(__name__)
 MAX_PENDING = 4  #: more would wait until their pictures are gone
-POLL_S = 0.05
-PATIENCE_S = 2.0  #: for an idle engine; after it the budget alone decides
 TIMEOUT_S = 60.0
 
 
@@ -177,15 +176,10 @@ class Shadows:
             await self._arrived.wait()
             self._arrived.clear()
             while self._pending:
-                if not self._may_start(self._pending[0]):
-                    await asyncio.sleep(POLL_S)
+                if not (self.guard.affords and idle.may_begin(self._engine.stats(), self._pending[0].since)):
+                    await asyncio.sleep(idle.POLL_S)
                     continue
                 await self._shadow(self._pending.popleft())
-
-    def _may_start(self, pending: _Pending) -> bool:
-        stats = self._engine.stats()
-        idle = not stats.running and not stats.waiting
-        return self.guard.affords and (idle or time.monotonic() - pending.since > PATIENCE_S)
 
     async def _shadow(self, pending: _Pending) -> None:
         watch = pending.watch
