@@ -264,9 +264,12 @@ class Lease(Message, frozen=True):
 
 
 class Renew(Message, frozen=True):
+    """``checksum``: the reader wants to verify what it read of the whole extent (a handoff, which nobody acquires)."""
+
     lease_id: int
     generation: int
     ttl_s: float
+    checksum: bool = False
 
 
 class Release(Message, frozen=True):

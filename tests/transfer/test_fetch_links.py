@@ -11,9 +11,11 @@ from fetch_pair import KV, SIZE, Pair, refused, virtual
 from virtual_cluster import LIMITS, Worker, content, key, variant
 
 from vlcache_dist import wire
-from vlcache_dist.errors import LeaseLost, TransferFailed
+from vlcache_dist.errors import ChecksumMismatch, LeaseLost, TransferFailed
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.transfer.memory import Fault
+
+WARY = replace(LIMITS, verify_on_host=True)
 
 
 def stage(worker: Worker, ttl_s: float) -> tuple[Extent, wire.Lease]:
@@ -43,6 +45,21 @@ async def test_a_handoff_whose_lease_ended_is_not_admitted() -> None:
     await refused(pair.reader.fetcher.fetch_staging(pair.holder.id, "holder", lease), LeaseLost)
     pair.holder.store.discard(packed)
     await pair.settle()
+
+
+@virtual
+async def test_a_handoff_that_arrives_damaged_from_another_host_is_not_admitted() -> None:
+    for same_host, limits, wary in ((False, LIMITS, True), (True, LIMITS, False), (True, WARY, True)):
+        pair = Pair(Fault(corrupt=True), same_host=same_host, limits=limits)
+        packed, lease = stage(pair.holder, 5.0)
+        fetch = pair.reader.fetcher.fetch_staging(pair.holder.id, "holder", lease)
+        if wary:
+            await refused(fetch, ChecksumMismatch)
+        else:
+            pair.reader.store.abort(await fetch)
+        assert pair.holder.store.release(lease.lease_id, lease.generation, pair.cluster.loop.time())
+        pair.holder.store.discard(packed)
+        await pair.settle()
 
 
 @virtual

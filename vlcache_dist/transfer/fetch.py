@@ -339,10 +339,12 @@ class Fetcher:
         await self._read(peer, extent, lease.offset, self._clock() + self._limits.transfer_s)
         try:
             # How much of the lease's time was gone when it came here is not known: its holder must say that it held.
-            renew = wire.Renew(lease.lease_id, lease.generation, self._limits.control_s)
-            await self._ask(address, renew, wire.Lease)
-            if lease.checksum is not None:
-                await self._verify(extent, lease.checksum, worker_id)
+            verify = self._must_verify(peer)
+            patience_s = self._limits.transfer_s if verify else self._limits.control_s  # it may read all that it sent
+            renew = wire.Renew(lease.lease_id, lease.generation, patience_s, verify)
+            held = await self._ask(address, renew, wire.Lease, patience_s)
+            if verify:
+                await self._verify(extent, held.checksum, worker_id)
         except BaseException:
             self._store.abort(extent)
             raise
@@ -412,8 +414,8 @@ class Fetcher:
         self._peers[worker_id] = reply.peer
         return reply.peer
 
-    async def _ask(self, address: str, message: wire.Message, kind: type[Any]) -> Any:
-        reply = await self._call(address, message, timeout_s=self._limits.control_s)
+    async def _ask(self, address: str, message: wire.Message, kind: type[Any], timeout_s: float | None = None) -> Any:
+        reply = await self._call(address, message, timeout_s=timeout_s or self._limits.control_s)
         if not isinstance(reply, kind):
             raise ProtocolError(f"{type(message).__name__} was answered with {type(reply).__name__}")
         return reply

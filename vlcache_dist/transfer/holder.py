@@ -74,7 +74,8 @@ class HolderService:
 
     async def renew(self, message: wire.Renew) -> wire.Lease:
         """Raises LeaseLost."""
-        return self._lease(self._store.renew(message.lease_id, message.generation, message.ttl_s, self._clock()), None)
+        grant = self._store.renew(message.lease_id, message.generation, message.ttl_s, self._clock())
+        return self._lease(grant, await self._checksum(grant, 0) if message.checksum else None)
 
     async def release(self, message: wire.Release) -> wire.Released:
         return wire.Released(self._store.release(message.lease_id, message.generation, self._clock()))
