@@ -216,6 +216,7 @@ class Node(FrontNode):
                 peer: 0.0 if link is None or self._fetcher.refuses(peer) else link.bytes_per_s
                 for peer, link in self._links.items()
             },
+            read_latency_s={peer: link.latency_s for peer, link in self._links.items() if link is not None},
         )
 
     # -- objects here -------------------------------------------------------------------------------------------

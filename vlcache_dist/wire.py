@@ -55,6 +55,7 @@ class WorkerLoad(msgspec.Struct, frozen=True):
     pass_s: float = 0.0  #: measured, recent: seconds of a forward pass besides its tokens; 0 if unknown, as below
     token_s: float = 0.0  #: seconds of an active token; of an encoder: of a vision token
     read_bytes_per_s: dict[WorkerId, float] = {}  #: measured per peer; 0 if it cannot be read from
+    read_latency_s: dict[WorkerId, float] = {}  #: measured per peer: seconds of a small READ
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):

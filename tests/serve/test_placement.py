@@ -50,7 +50,11 @@ def test_a_busy_holder_loses_to_a_fetch_and_a_fetch_to_a_slow_link() -> None:
 
 
 def test_the_best_of_several_holders_is_read_and_an_unreadable_one_means_computing() -> None:
-    candidate = Candidate("p0#x", "p0", read_bytes_per_s={"p1#x": 1e6, "p2#x": 1e9, "p3#x": 0.0})
+    speeds = {"p1#x": 1e6, "p2#x": 1e9, "p3#x": 0.0, "p4#x": 5e8}
+    candidate = Candidate("p0#x", "p0", read_bytes_per_s=speeds)
+    far = Candidate("p0#x", "p0", read_bytes_per_s=speeds, read_latency_s={"p2#x": 20e-3, "p4#x": 1e-4})
+    near, _ = expected_ttft(far, Demand(0, (span({"p2#x", "p4#x"}),), reuse=True), COSTS)
+    assert near == pytest.approx(1e-3 + 1e-4 + 1e6 / 5e8 + 20 * 1e-4), "the fastest for so few bytes is not the widest"
     both, _ = expected_ttft(candidate, Demand(0, (span({"p1#x", "p2#x"}),), reuse=True), COSTS)
     assert both == pytest.approx(1e-3 + 1e6 / 1e9 + 20 * 1e-4)
     none, why = expected_ttft(candidate, Demand(0, (span({"p3#x"}),), reuse=True), COSTS)

@@ -81,6 +81,7 @@ class Dispatcher:
                     load.pass_s,
                     load.token_s,
                     load.read_bytes_per_s,
+                    load.read_latency_s,
                     member.info.draining,
                 )
             )

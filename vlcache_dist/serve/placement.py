@@ -22,7 +22,7 @@ class Costs(msgspec.Struct, frozen=True):
     """Seconds per unit, used until a worker has measured its own. Defaults suit one GPU and NVLink or shared memory.
 
     ``pass_s``: a forward pass besides its tokens; ``token_s``: one active token of it. ``encode_token_s``: one vision
-    token of encoding. ``fetch_byte_s`` and ``fetch_base_s``: moving KV from another worker.
+    token of encoding. ``fetch_base_s``: a lease at another worker; ``fetch_byte_s``: reading from it.
     """
 
     pass_s: float = 5e-3
@@ -35,7 +35,7 @@ class Costs(msgspec.Struct, frozen=True):
 class Candidate(msgspec.Struct, frozen=True):
     """A prefill worker as the ingress sees it. ``queued`` requests with ``queued_tokens`` active tokens wait or run
     there, those included that the ingress has sent since the last heartbeat. ``pass_s``, ``token_s`` (0: not measured
-    yet) and ``read_bytes_per_s`` (by peer) are its own measurements."""
+    yet), ``read_bytes_per_s`` and ``read_latency_s`` (by peer) are its own measurements."""
 
     worker_id: WorkerId
     name: str
@@ -44,6 +44,7 @@ class Candidate(msgspec.Struct, frozen=True):
     pass_s: float = 0.0
     token_s: float = 0.0
     read_bytes_per_s: dict[WorkerId, float] = {}
+    read_latency_s: dict[WorkerId, float] = {}
     draining: bool = False
 
 
@@ -121,13 +122,14 @@ def expected_ttft(candidate: Candidate, demand: Demand, costs: Costs) -> tuple[f
 
 
 def _fetch_s(candidate: Candidate, span: SpanDemand, costs: Costs) -> float:
-    """Seconds to read the span's KV from the best of its holders; a peer that cannot be read from (0 B/s) costs as much
+    """Seconds to lease and read the span's KV from the best of its holders; where none can be read from (0 B/s) as much
     as computing the span again."""
     default = 1 / costs.fetch_byte_s
-    best = max((candidate.read_bytes_per_s.get(holder, default) for holder in span.sources), default=0.0)
-    if best <= 0:
+    rates = {holder: candidate.read_bytes_per_s.get(holder, default) for holder in span.sources}
+    reads = [candidate.read_latency_s.get(peer, 0.0) + span.kv_bytes / rate for peer, rate in rates.items() if rate > 0]
+    if not reads:
         return span.tokens * (costs.token_s + costs.encode_token_s)
-    return costs.fetch_base_s + span.kv_bytes / best
+    return costs.fetch_base_s + min(reads)
 
 
 class Turns(msgspec.Struct):
