@@ -318,6 +318,7 @@ class _Connection:
 
     address: str
     heard: float
+    socket: zmq.Socket[bytes]
     open: dict[int, _Pending] = field(default_factory=dict)
     channel: Channel | None = None
     monitor: Channel | None = None
@@ -326,6 +327,14 @@ class _Connection:
         assert self.channel is not None
         if not self.channel.closed:
             self.channel.send([_encode(envelope), *body])
+
+    def close(self) -> None:
+        assert self.channel is not None and self.monitor is not None
+        # ZeroMQ's I/O thread, which serves all connections, waits for whoever reads the events: for ever, if an event
+        # comes when the reader is closed already. So there are no more events first.
+        self.socket.disable_monitor()
+        self.monitor.close()
+        self.channel.close()
 
 
 class RpcClient:
@@ -423,7 +432,7 @@ class RpcClient:
         except zmq.ZMQError as error:
             socket.close(0)
             raise WorkerLost(f"{address!r} is no address: {error}") from error
-        connection = self._connections[address] = _Connection(address, asyncio.get_running_loop().time())
+        connection = self._connections[address] = _Connection(address, asyncio.get_running_loop().time(), socket)
         events = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
         connection.monitor = Channel(events, lambda _: self._drop(connection, "refused or closed the connection"))
         connection.channel = Channel(socket, functools.partial(self._receive, connection))
@@ -462,9 +471,7 @@ class RpcClient:
         if self._connections.get(connection.address) is not connection:
             return
         del self._connections[connection.address]
-        assert connection.channel is not None and connection.monitor is not None
-        connection.channel.close()
-        connection.monitor.close()
+        connection.close()
         for pending in list(connection.open.values()):
             pending.deliver(WorkerLost(f"{connection.address} {why}"))
 

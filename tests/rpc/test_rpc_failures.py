@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import pytest
@@ -11,6 +12,10 @@ from rpc_peer import Serve, running
 from vlcache_dist import wire
 from vlcache_dist.errors import VLCacheError, WorkerLost
 from vlcache_dist.rpc import Call, RpcClient, RpcServer
+
+
+async def ok(message: wire.Message, call: Call) -> wire.Ok:
+    return wire.Ok()
 
 
 class Waiting:
@@ -143,9 +148,6 @@ async def test_a_pause_of_both_processes_is_not_taken_for_the_clients_silence(se
 async def test_a_restarted_server_does_not_leave_its_callers_waiting(client: RpcClient) -> None:
     """Same address, another process behind it: pings are answered, the call is not known there."""
 
-    async def ok(message: wire.Drain, call: Call) -> wire.Ok:
-        return wire.Ok()
-
     waiting, first, second = Waiting(), RpcServer(), RpcServer()
     first.handle(wire.Drain, waiting.__call__)
     second.handle(wire.Drain, ok)
@@ -201,9 +203,6 @@ async def test_a_client_that_closes_ends_its_calls_and_their_handlers(serve: Ser
 
 
 async def test_nothing_is_kept_of_clients_that_came_and_went(serve: Serve) -> None:
-    async def ok(message: wire.Drain, call: Call) -> wire.Ok:
-        return wire.Ok()
-
     server = await serve({wire.Drain: ok}, peer_timeout_s=0.4)
     for _ in range(20):
         client = RpcClient()
@@ -212,3 +211,30 @@ async def test_nothing_is_kept_of_clients_that_came_and_went(serve: Serve) -> No
     await asyncio.sleep(1.0)
     assert not server._calls
     assert not server._heard
+
+
+async def test_thousands_of_connections_that_break_leave_the_others_alone(serve: Serve, client: RpcClient) -> None:
+    """All of a client's connections share one I/O thread, and a connection may break at any moment of its closing.
+    (Where the order of closing was wrong, one in a thousand stopped that thread for good.)"""
+    server = await serve({wire.Drain: ok})
+    broken = 0
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    async with contextlib.AsyncExitStack() as stack:
+        doors = [await stack.enter_async_context(await asyncio.start_server(hang_up, "127.0.0.1")) for _ in range(8)]
+
+        async def knock(port: int) -> None:
+            nonlocal broken
+            for _ in range(700):
+                with contextlib.suppress(VLCacheError):
+                    await client.call(f"tcp://127.0.0.1:{port}", wire.Drain(), timeout_s=30)
+                broken += 1
+
+        knocking = asyncio.gather(*(knock(door.sockets[0].getsockname()[1]) for door in doors))
+        while not knocking.done():
+            assert await client.call(server.address, wire.Drain(), timeout_s=30) == wire.Ok()
+            await asyncio.sleep(0.01)
+        await knocking
+    assert broken == 8 * 700
