@@ -69,7 +69,9 @@ def rows(trial: Trial, done: Passes) -> int:
     return trial.num_layers * before + int(done.computed[0] + done.others[0])
 
 
-def test_the_engine_decides_answers_and_computes_the_same(alarms: dict[str, Alarm]) -> None:
+@pytest.mark.parametrize("max_batch_tokens", [2048, 32])
+def test_the_engine_decides_answers_and_computes_the_same(alarms: dict[str, Alarm], max_batch_tokens: int) -> None:
+    """In one chunk, and in chunks smaller than a picture that stays as the first pass left it."""
     ways = [
         (kind, spelling, released)
         for kind in ("shown", "new")
@@ -82,7 +84,10 @@ def test_the_engine_decides_answers_and_computes_the_same(alarms: dict[str, Alar
     moving = alarms["moving"]
     ways.append(("moving", plan(min(moving.second, moving.third) / 2, 2), False))
     sampling = SamplingParams(max_tokens=12, logprobs=3)
-    with LLM("tiny", "cpu", "float32", engine=EngineSettings(store_bytes=32 << 20, kv_bytes=16 << 20)) as llm:
+    settings = EngineSettings(
+        store_bytes=32 << 20, kv_bytes=16 << 20, max_batch_tokens=max_batch_tokens, max_sequences=8
+    )
+    with LLM("tiny", "cpu", "float32", engine=settings) as llm:
         for kind, spelling, released in ways:
             case, trial = alarms[kind].case, alarms[kind].trial
             llm.store.clear()

@@ -17,6 +17,10 @@ from rich.table import Table
 from vlcache_dist.demo.questions import Question, questions, save_pictures, warm_up
 
 REQUEST_TIMEOUT_S = 60.0
+_SMALL = (
+    "The bundled model is so small that computing a picture takes no longer than fetching its KV and the messages do: "
+    "for times to first token that mean something, see docs/performance.md."
+)
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -119,6 +123,7 @@ def show(report: Report, console: Console) -> None:
             "yes" if row.correct else f"NO ({row.truth})",
         )
     console.print(table)
+    console.print(_SMALL, style="dim")
     if not report.ok:
         remote = any(row.kv_source == "remote" for row in report.requests)
         console.print("FAILED: " + ("an answer is wrong" if remote else "no image KV came from another worker"))

@@ -450,4 +450,6 @@ class Sequence:
         for state in self.spans:
             if isinstance(state.source, Reuse):
                 active[state.span.start : state.span.end] = state.source.depths > 0
+            elif state.work is not None and state.work.in_place:
+                active[state.span.start : state.span.end] = 0
         np.cumsum(active, out=self._active[1:])

@@ -50,7 +50,9 @@ class Verdicts:
             if not isinstance(state.source, Reuse):
                 continue
             kv, tokens = state.source.kv, sequence.probes(index)
-            if doubt is not None and index >= doubt.first and sequence.suspicious(index):
+            if doubt is not None:
+                if index < doubt.first or not sequence.suspicious(index):
+                    continue  # judged already, by the first pass
                 kv, tokens = state.shifted or kv, sequence.computed_afresh(index)
             if len(tokens):
                 slots = sequence.slots(state.span.start, state.span.end)[tokens]
@@ -63,7 +65,7 @@ class Verdicts:
         if sequence.doubt is None:
             back = self._first(sequence, spans, ratios, drawn, now)
         else:
-            back = self._second(sequence, sequence.doubt, spans, ratios)
+            back = self._second(sequence, sequence.doubt, ratios)
         if not back:
             sequence.watch_from = None
             for state in sequence.spans:
@@ -92,14 +94,9 @@ class Verdicts:
         sequence.retry(first, attended(sequence, first, again, paid))
         return True
 
-    def _second(self, sequence: Sequence, doubt: Doubt, spans: Iterable[Watched], ratios: Ratios) -> bool:
+    def _second(self, sequence: Sequence, doubt: Doubt, ratios: Ratios) -> bool:
         sequence.doubt = None
-        lent = [
-            ratio
-            for watched, ratio in zip(spans, ratios, strict=True)
-            if watched.index >= doubt.first and sequence.suspicious(watched.index)
-        ]
-        if not doubt.again.fits(np.concatenate(lent, 1).mean(1)):
+        if not doubt.again.fits(np.concatenate(list(ratios), 1).mean(1)):
             self._escalate(sequence, doubt.first, doubt.drawn)
             return True
         after, paid = last_row(self._runner, sequence, doubt.again.layer)

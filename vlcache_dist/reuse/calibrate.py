@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations, groupby
@@ -50,7 +51,7 @@ def limit_choices(statistics: np.ndarray, harmful: np.ndarray, catch: float = 0.
         bad, good = np.sort(values[harmful]), values[~harmful]
         ceiling = float(bad[int(np.floor((1 - catch) * len(bad) + 1e-9))])
         between, explained = split(values)
-        limit = round(min(between, ceiling * (1 - 1e-4)), 6)
+        limit = _down(min(between, ceiling * (1 - 1e-4)))
         choice = LimitChoice(layer, limit, float((bad > limit).mean()), float((good > limit).mean()))
         found.append((explained > 0 and between < ceiling, explained, choice))
     best, *others = [choice for _, _, choice in sorted(found, key=lambda one: one[:2], reverse=True)]
@@ -86,7 +87,7 @@ def choose_left(
     right = np.maximum(np.quantile(left[:, ~harms], 1 - ABOVE, axis=1), 1e-6)
     layer = int(np.argmax(wrong / right))
     limit = np.sqrt(wrong[layer] * min(right[layer], wrong[layer])) * (1 - 1e-4)
-    return layer, round(float(limit), 6)
+    return layer, _down(float(limit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +123,15 @@ def choose_release(
         if np.log(upper / lower) > gap:
             gap, limit = float(np.log(upper / lower)), float(np.sqrt(upper * lower))
         upper = lower
-    limit = round(limit, 6)
+    limit = _down(limit)
     released = moved <= limit
     harmful = int((released & harms).sum())
     return ReleaseChoice(limit, int(released.sum()), harmful, release_bound(harmful, harmful_cases))
+
+
+def _down(limit: float) -> float:
+    """As a spelling can say it, and no case above it that was not."""
+    return math.floor(limit * 1e6) / 1e6
 
 
 def release_bound(released: int, harmful_cases: int) -> float:

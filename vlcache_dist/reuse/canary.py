@@ -55,6 +55,11 @@ class Again:
     def __post_init__(self) -> None:
         if not 0 < self.percent <= 100:
             raise InvalidPlan(f"canary again:{self.percent:g}: must be more than 0 and at most 100 percent")
+        if not 1 <= self.passes <= 9:
+            raise InvalidPlan(f"canary again: {self.passes} passes; must be 1 to 9")
+        for limit in (self.limit, *(self.left or (0, 0.0))[1:]):
+            if not 0 <= limit < 10_000:
+                raise InvalidPlan(f"canary again: limit {limit}; must be at least 0 and less than 10,000")
 
     def count(self, num_tokens: int) -> int:
         """How many of so many tokens."""

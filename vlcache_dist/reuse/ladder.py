@@ -14,7 +14,7 @@ class Level(enum.IntEnum):
     """How careful the guard is."""
 
     NORMAL = 0
-    TIGHTENED = 1  #: canary limits halved
+    TIGHTENED = 1  #: limits halved, of the canary and of its second pass
     STRENGTHENED = 2  #: limits at a quarter, no second pass, four times the tokens, at least a fifth of the picture
     OFF = 3  #: everything is computed
 
