@@ -259,10 +259,9 @@ def fitting(draw: Draw, shape: Shape, encoder: Encoder) -> Sample:
         room //= 2
 
 
-def stream(encoder: Encoder, seed: int, tokens: int, hardness: Any, lessons: bool = True) -> Iterator[Batch]:
+def stream(encoder: Encoder, seed: int, tokens: int, hardness: Any) -> Iterator[Batch]:
     """Batches of about ``tokens`` tokens for ever. ``hardness`` in [0, 1] is read anew for each if it is a shared
-    value: at 0 one picture of 8 x 8 cells and little text, at 1 up to three of all sizes.
-    ``lessons``: as in ``Draw``."""
+    value: at 0 one picture of 8 x 8 cells and little text, at 1 up to three of all sizes."""
     rng = random.Random(seed)
     known = shapes(tokens)
     easy = [shape for shape in known[1] if shape.grids == ((8, 8),) and shape.room < 384]
@@ -270,7 +269,7 @@ def stream(encoder: Encoder, seed: int, tokens: int, hardness: Any, lessons: boo
         now = float(getattr(hardness, "value", hardness))
         count = rng.choices((1, 2, 3), (1.0, 0.9 * now, 0.35 * now))[0]
         shape = rng.choice(known[count] if rng.random() < now else easy)
-        draw = Draw(rng, hardness=now, lessons=lessons)
+        draw = Draw(rng, hardness=now)
         rows = [fitting(draw, shape, encoder) for _ in range(shape.rows)]
         yield collate(rows, encoder, shape.length, shape.learn_length)
 
@@ -278,14 +277,12 @@ def stream(encoder: Encoder, seed: int, tokens: int, hardness: Any, lessons: boo
 SIZES: tuple[Grid, ...] = ((8, 8), (6, 7), (9, 5))
 
 
-def validation(
-    encoder: Encoder, per_family: int, sizes: Sequence[Grid] = SIZES, lessons: bool = True
-) -> Iterator[Batch]:
+def validation(encoder: Encoder, per_family: int, sizes: Sequence[Grid] = SIZES) -> Iterator[Batch]:
     """The held-in split that picks the best checkpoint: fixed, one question per dialogue, pictures that training cannot
     draw. (The suite "held-out" of ``vlcache_dist.evaluate`` picks nothing.)"""
     for count in (1, 2, 3):
         for family in families(count):
-            draw = Draw(random.Random(f"validation {count} {family}"), VALIDATION_SEEDS, lessons=lessons)
+            draw = Draw(random.Random(f"validation {count} {family}"), VALIDATION_SEEDS)
             for grids in ([size] * count for size in sizes):
                 rows = [sample(draw, grids, 96, family, more=False) for _ in range(per_family)]
                 longest = max(len(encoder.encode(row)[0]) for row in rows)

@@ -12,6 +12,7 @@ before          "What is the value of QF?", picture                             
 rule            "Rows are counted from the bottom.", picture, "What is at row 1, ..."    the rule, if it is to be quick
 labelled        "Picture 1: ", picture, "Picture 2: ", picture, "In picture 2, ..."      which picture it is
 ordinal         picture, picture, "In the second picture, ..."                           the same, without being told
+named           "The picture to read is picture 2.", ..., "What is the value of QF?"    nothing, but it helps
 reference       ..., "What color in picture 2 is the shape that is red in picture 1?"  what the other picture says
 =============== ======================================================================== ===============================
 
@@ -41,6 +42,7 @@ WEIGHTS = {
     "labelled": 7.0,
     "ordinal": 2.0,
     "reference": 3.0,
+    "named": 1.0,
 }
 SINGLE = ("after", "prefix", "turns", "needle", "before", "rule")
 _ORDINALS = ("first", "second", "third")
@@ -60,13 +62,12 @@ class Sample:
 
 @dataclass(slots=True)
 class Draw:
-    """Source of pictures and questions. ``hardness`` in [0, 1]: the curriculum's progress. ``lessons``: ask also for
+    """Source of pictures and questions. ``hardness`` in [0, 1]: the curriculum's progress; below 1 it is also asked for
     what only teaches (``dense``)."""
 
     rng: random.Random
     seeds: tuple[int, int] = TRAIN_SEEDS
     hardness: float = 1.0
-    lessons: bool = True
 
     def shown(self, grid: Grid, kind: Kind | None = None) -> Shown:
         kinds: tuple[Kind, ...] = ("form", "shapes", "table")
@@ -77,7 +78,7 @@ class Draw:
         """A question of any family that the scene has: families are equally likely (``SLOW`` ones twice as much), not
         questions."""
         groups: dict[str, list[Fact]] = {}
-        lessons = dense(scene, self.rng.random() > self.hardness) if self.lessons else ()
+        lessons = dense(scene, self.rng.random() > self.hardness) if self.hardness < 1 else ()
         for fact in (*scene.facts, *lessons):
             groups.setdefault(fact.family, []).append(fact)
         return self.rng.choice(groups[self.rng.choice([*sorted(groups), *(name for name in SLOW if name in groups)])])
@@ -135,9 +136,9 @@ Question = tuple[str, str, str]  # question, answer, fact's family
 
 def families(pictures: int) -> list[str]:
     """Families that fit so many pictures."""
-    return (
-        list(SINGLE) if pictures == 1 else ["labelled", "ordinal", "turns", *(["reference"] if pictures == 2 else [])]
-    )
+    if pictures == 1:
+        return list(SINGLE)
+    return ["labelled", "ordinal", "turns", "named", *(["reference"] if pictures == 2 else [])]
 
 
 def sample(draw: Draw, grids: Sequence[Grid], room: int, family: str | None = None, more: bool = True) -> Sample:
@@ -286,6 +287,16 @@ def _ordinal(draw: Draw, grids: Sequence[Grid], room: int) -> Built:
     return (*pictures, question[0]), question, ask
 
 
+def _named(draw: Draw, grids: Sequence[Grid], room: int) -> Built:
+    """The text before the pictures says which of them all questions are about."""
+    pictures = _several(draw, grids)
+    index = draw.rng.randrange(len(pictures))
+    scene = pictures[index].scene()
+    question = _ask(draw, scene)
+    said = f"The picture to read is picture {index + 1}.\n"
+    return (said, *_labels(pictures), question[0]), question, lambda: _ask(draw, scene)
+
+
 def _reference(draw: Draw, grids: Sequence[Grid], room: int) -> Built:
     """A shape that picture 1 names by its colour, and its colour in picture 2."""
     rng = draw.rng
@@ -322,5 +333,6 @@ _BUILD: dict[str, Callable[[Draw, Sequence[Grid], int], Built]] = {
     "rule": _rule,
     "labelled": _labelled,
     "ordinal": _ordinal,
+    "named": _named,
     "reference": _reference,
 }

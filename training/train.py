@@ -1,12 +1,14 @@
 """Train the bundled model from nothing: ``python -m training.train --out FOLDER --minutes 11``.
 
 Everything is drawn on the fly: scenes by worker processes, pixels on the device. The time limit is the schedule
-(warm-up, constant rate, decay over the last 40 %; harder data as time passes), so half the speed gives a worse
-model, not a longer run. ``FOLDER/state.pt`` is written every two minutes and taken up by the same command;
-``FOLDER/best`` is the checkpoint with the best validation so far, and only that is exported.
+(warm-up, constant rate, decay over the last 40 %; data that get harder until 45 %), so half the speed gives a worse
+model, not a longer run. A model is *young* while the data get harder: it is asked to read whole pictures, every token
+of an answer counts the same, and auxiliary readers show the way. Then every answer counts the same.
+``FOLDER/state.pt`` is written every two minutes and taken up by the same command; ``FOLDER/best`` is the checkpoint
+with the best validation so far, and only that is exported.
 
-``--start CHECKPOINT`` goes on from a model that can see and find already (``training.shrink``, an earlier release): no
-auxiliary readers, no warm-up of the data, and with ``--frozen-tower`` only the language model learns.
+``--start CHECKPOINT`` goes on from a model that can see and find already (``training.shrink``, an earlier release):
+grown from the first step, and with ``--frozen-tower`` only the language model learns.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from training.tasks import Grid
 
 SAVE_S = 120.0
 WARM_UP, DECAY_FROM = 300, 0.6
+GROWN_AT = 0.45  #: of the time
 AUX_WEIGHT, PLACE_WEIGHT = 0.5, 0.3
 
 
@@ -69,15 +72,15 @@ def by_answer(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 class _Stream(torch.utils.data.IterableDataset):
-    def __init__(self, tokenizer: Path, tokens: int, hardness: Any, seed: int, lessons: bool) -> None:
-        self._arguments = tokenizer, tokens, hardness, seed, lessons
+    def __init__(self, tokenizer: Path, tokens: int, hardness: Any, seed: int) -> None:
+        self._arguments = tokenizer, tokens, hardness, seed
 
     def __iter__(self) -> Any:
-        tokenizer, tokens, hardness, seed, lessons = self._arguments
+        tokenizer, tokens, hardness, seed = self._arguments
         info = torch.utils.data.get_worker_info()
         if info is not None:
             torch.set_num_threads(1)
-        return stream(Encoder(tokenizer), seed * 1000 + (info.id if info else 0), tokens, hardness, lessons)
+        return stream(Encoder(tokenizer), seed * 1000 + (info.id if info else 0), tokens, hardness)
 
 
 class Trainer:
@@ -175,7 +178,7 @@ class Trainer:
         seen = forward(self.model.config, vision, language, batch, self.sprites, blocks=self.blocks)
         learnt = batch.target >= 0
         self.right += torch.stack((((seen.logits.argmax(-1) == batch.target) & learnt).sum(), learnt.sum()))
-        if self.started:
+        if self.grown:
             return by_answer(seen.logits, batch)
         loss = F.cross_entropy(seen.logits, batch.target)
         truth = torch.cat([aux.flatten(0, 1) for aux in batch.aux]).long().unbind(1)
@@ -191,7 +194,7 @@ class Trainer:
     def run(self, max_steps: int, validate: int, say: Any = print, seconds: float = math.inf) -> None:
         """Until the time is over, or after ``max_steps`` more steps or ``seconds``; the next run goes on.
         ``validate``: questions per family and size."""
-        data = _Stream(self.tokenizer, self.tokens, self.hardness, self.seed + self.step, not self.started)
+        data = _Stream(self.tokenizer, self.tokens, self.hardness, self.seed + self.step)
         more = {"prefetch_factor": 4, "multiprocessing_context": "spawn"} if self.workers else {}
         batches = iter(
             torch.utils.data.DataLoader(
@@ -202,7 +205,7 @@ class Trainer:
         self.schedule.started = saved = time.monotonic()
         last = self.step + max_steps
         while self.schedule.progress < 1 and self.step < last and time.monotonic() - self.schedule.started < seconds:
-            self.hardness.value = 1.0 if self.started else min(1.0, 2.5 * self.schedule.progress)
+            self._grow()
             self._set_rates()
             batch, first = (first if first is not None else next(batches)), None
             loss = self.one_step(batch)
@@ -222,6 +225,17 @@ class Trainer:
         self.validate(validate, say)
         self.save()
 
+    @property
+    def grown(self) -> bool:
+        return bool(self.hardness.value >= 1)
+
+    def _grow(self) -> None:
+        """Data get harder; once they are as hard as they get, the loss changes, and steps are recorded anew."""
+        young = not self.grown
+        self.hardness.value = 1.0 if self.started else min(1.0, self.schedule.progress / GROWN_AT)
+        if young and self.grown:
+            self.one_step = Step(self.loss, self.optimizer, self.parameters)
+
     def _set_rates(self) -> None:
         """Filled in place: a recorded step reads them where they are."""
         for group in self.optimizer.param_groups:
@@ -230,9 +244,8 @@ class Trainer:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        p = self.schedule.progress
-        self.aux_weights[0].fill_(AUX_WEIGHT * max(0.1, 1 - 2 * p))
-        self.aux_weights[1].fill_(PLACE_WEIGHT * max(0.0, 1 - 2 * p))
+        for place, weight in enumerate((AUX_WEIGHT, PLACE_WEIGHT)):
+            self.aux_weights[place].fill_(weight * (1 - self.hardness.value))
 
     # -- validation ---------------------------------------------------------------------------------------------
 
@@ -241,7 +254,7 @@ class Trainer:
         """Exact match of whole answers on the held-in validation split, per family; the best checkpoint is kept."""
         vision, language = self.weights()
         found: dict[str, list[bool]] = defaultdict(list)
-        for batch in validation(Encoder(self.tokenizer), per_family, self.sizes, not self.started):
+        for batch in validation(Encoder(self.tokenizer), per_family, self.sizes):
             batch = batch.to(self.device)
             seen = forward(self.model.config, vision, language, batch, self.sprites)
             wrong = (seen.logits.argmax(-1) != batch.target).long()

@@ -144,6 +144,30 @@ def test_a_few_steps_learn_something_resume_and_export(tmp_path: Path) -> None:
     checkpoint.load_vision_tower("cpu", torch.float32)
 
 
+def test_a_model_grows_up_when_data_are_as_hard_as_they_get(tmp_path: Path) -> None:
+    """Until then whole pictures are read and auxiliary readers learn; from then on neither."""
+    trainer = Trainer(tmp_path, seconds=3600.0, rate=3e-3, tokens=256, workers=0, seed=1, device="cpu")
+    trainer.sizes = [(4, 4)]
+    reader = trainer.aux[0].weight
+
+    def run_at(progress: float) -> bool:
+        """Whether the readers learnt."""
+        trainer.schedule.before, before = progress * 3600, reader.clone()
+        trainer.run(1, 1, lambda text: None)
+        return not torch.equal(reader, before)
+
+    assert run_at(0.2) and not trainer.grown
+    young = trainer.one_step
+    assert not run_at(0.6) and trainer.grown and trainer.one_step is not young
+
+
+def test_whole_pictures_are_read_only_by_the_young() -> None:
+    for hardness in (0.5, 1.0):
+        draw = Draw(random.Random(3), hardness=hardness)
+        asked = {draw.fact(Shown("form", 3, 6, 6).scene()).question for _ in range(100)}
+        assert any(q.startswith("Read row") for q in asked) == (hardness < 1)
+
+
 def test_shrinking_keeps_what_is_needed(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the MLPs' neurons write little. If they are copies of others they are not missed, since these write
     their part as well; if they are not, they are."""
