@@ -108,10 +108,10 @@ class FrontNode:
         return self._directory.members()
 
     def encoders(self, key: ContentKey) -> list[str]:
-        """Addresses of living encoders, the one that is to take ``key`` first."""
-        return ranked(
-            key, [m.info.address for m in self.members() if m.info.role is Role.ENCODER and not m.info.draining]
-        )
+        """Addresses of living encoders, the one that is to take ``key`` first. Ranked by their stable names: one that
+        was restarted takes its own keys again, and no others move."""
+        here = {m.info.name: m.info.address for m in self.members() if m.info.role is Role.ENCODER and not m.info.draining}
+        return [here[name] for name in ranked(key, list(here))]
 
     async def lookup(self, keys: Sequence[ContentKey]) -> list[wire.KeyState]:
         """What the directory knows of each key."""

@@ -11,7 +11,7 @@ from fetch_pair import KV, SIZE, Pair, refused, virtual
 from virtual_cluster import LIMITS, Worker, content, key, variant
 
 from vlcache_dist import wire
-from vlcache_dist.errors import ChecksumMismatch, LeaseLost, TransferFailed
+from vlcache_dist.errors import ChecksumMismatch, LeaseLost, StoreFull, TransferFailed
 from vlcache_dist.kv.object_store import Extent
 from vlcache_dist.transfer.memory import Fault
 
@@ -69,6 +69,31 @@ async def test_meeting_a_peer_leaves_nothing_behind() -> None:
     assert link.points == (pytest.approx((400, 0.1)), pytest.approx((1000, 0.1))), "what does not fit is left out"
     assert link.bytes_per_s == pytest.approx(10_000, rel=0.01) and link.slow
     assert pair.reader.fetcher.reads == 6
+    await pair.settle()
+
+
+@virtual
+async def test_peers_are_measured_one_at_a_time() -> None:
+    """Together their READs would be more than may be under way at once."""
+    pair = Pair(Fault(delay_s=0.1))
+    others = [pair.cluster.start(f"holder-{number}", host="h0") for number in range(3)]
+    size = pair.reader.store.max_quarantine // 2 * pair.reader.layout.itemsize
+    links = await asyncio.gather(*(pair.reader.fetcher.introduce(o.id, o.address, (size,)) for o in others))
+    assert [link.points for link in links] == [(pytest.approx((size, 0.1)),)] * 3
+    await pair.settle()
+
+
+@virtual
+async def test_what_requests_leave_no_room_for_is_not_measured() -> None:
+    pair = Pair()
+    store, now = pair.reader.store, pair.cluster.loop.time()
+    size, itemsize = store.max_quarantine // 2, pair.reader.layout.itemsize
+    arriving = store.stage(store.max_quarantine - size // 2, now, transfer=True)
+    link = await pair.reader.fetcher.introduce(pair.holder.id, "holder", (400, size * itemsize))
+    assert [nbytes for nbytes, _ in link.points] == [400], "that is what may be under way beside it"
+    with pytest.raises(StoreFull):
+        await pair.reader.fetcher.introduce(pair.holder.id, "holder", (size * itemsize,))
+    store.abort(arriving)
     await pair.settle()
 
 

@@ -30,6 +30,7 @@ from vlcache_dist.errors import (
     LeaseLost,
     ObjectGone,
     ProtocolError,
+    StoreFull,
     TransferFailed,
     TransferTimeout,
     VLCacheError,
@@ -133,6 +134,7 @@ class Fetcher:
         self._reader = ExtentReader(store, transport, clock)
         self._peers: dict[WorkerId, PeerInfo] = {}
         self._links: dict[WorkerId, Link] = {}
+        self._probing = asyncio.Lock()
         self._flights: dict[tuple[ObjectKind, ContentKey, bytes, bool], _Flight] = {}
         self.bytes_read = 0
         self.reads = 0
@@ -207,27 +209,38 @@ class Fetcher:
     async def introduce(self, worker_id: WorkerId, address: str, sizes: Sequence[int] = PROBE_SIZES) -> Link:
         """Shake hands with a peer and read so many bytes of its arena, whatever they hold, so that the first real READ
         finds the way made. Returns the fastest of ``PROBES`` equal READs per size. Sizes for which there is no free
-        room here (nothing is evicted for a probe), or that the peer's arena does not have, are left out. Raises as
-        ``fetch``."""
+        room here (nothing is evicted for a probe), or that the peer's arena does not have, are left out. One peer is
+        measured at a time: peers that shared the way, or the room for READs, would measure each other. Raises as
+        ``fetch``; StoreFull if there is no room at all."""
         peer = await self._connect(worker_id, address)
-        itemsize, points = self._layout.itemsize, []
-        room = min(peer.nbytes // itemsize, self._store.stats().largest_free, self._store.max_quarantine // 2)
-        fitting = [size for size in sizes if size // itemsize <= room]
-        for nbytes in fitting or [max(room, 1) * itemsize]:
-            times = []
-            for _ in range(PROBES):
-                extent = self._store.stage(nbytes // itemsize, self._clock(), transfer=True)
-                started = self._clock()
-                await self._read(peer, extent, 0, started + self._limits.transfer_s)
-                times.append(max(self._clock() - started, 1e-9))
-                self._store.abort(extent)
-            points.append((nbytes, min(times)))
+        async with self._probing:
+            points = await self._probe(peer, sizes)
         ours = self._transport.info
         floor = self._limits.floor
         if floor is None:
             floor = link_floor(ours.device, peer.device, same_host=ours.host == peer.host)
         link = self._links[worker_id] = Link(tuple(points), floor)
         return link
+
+    async def _probe(self, peer: PeerInfo, sizes: Sequence[int]) -> list[tuple[int, float]]:
+        itemsize, points = self._layout.itemsize, []
+        room = min(peer.nbytes // itemsize, self._store.stats().largest_free, self._store.max_quarantine // 2)
+        fitting = [size for size in sizes if size // itemsize <= room]
+        for nbytes in fitting or [max(room, 1) * itemsize]:
+            times = []
+            for _ in range(PROBES):
+                try:
+                    extent = self._store.stage(nbytes // itemsize, self._clock(), transfer=True)
+                except StoreFull:  # requests fetch meanwhile
+                    if points:
+                        return points
+                    raise
+                started = self._clock()
+                await self._read(peer, extent, 0, started + self._limits.transfer_s)
+                times.append(max(self._clock() - started, 1e-9))
+                self._store.abort(extent)
+            points.append((nbytes, min(times)))
+        return points
 
     def refuses(self, worker_id: WorkerId) -> bool:
         """True if objects are not read from that peer: its link is below the floor, and that is not put up with."""
