@@ -41,7 +41,7 @@ WEIGHTS = {
     "rule": 1.5,
     "labelled": 7.0,
     "ordinal": 2.0,
-    "reference": 3.0,
+    "reference": 6.0,
     "named": 1.0,
 }
 SINGLE = ("after", "prefix", "turns", "needle", "before", "rule")

@@ -1,4 +1,4 @@
-"""Train the bundled model from nothing: ``python -m training.train --out FOLDER --minutes 11``.
+"""Train the bundled model from nothing: ``python -m training.train --out FOLDER --minutes 20``.
 
 Everything is drawn on the fly: scenes by worker processes, pixels on the device. The time limit is the schedule
 (warm-up, constant rate, decay over the last 40 %; data that get harder until 45 %), so half the speed gives a worse
@@ -278,7 +278,7 @@ class Trainer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="state, history and the best checkpoint")
-    parser.add_argument("--minutes", type=float, default=11.0, help="of training, earlier runs included")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of training, earlier runs included")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate")
     parser.add_argument("--tokens", type=int, default=32768, help="per step")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that draw scenes")
