@@ -110,8 +110,9 @@ class FrontNode:
     def encoders(self, key: ContentKey) -> list[str]:
         """Addresses of living encoders, the one that is to take ``key`` first. Ranked by their stable names: one that
         was restarted takes its own keys again, and no others move."""
-        here = {m.info.name: m.info.address for m in self.members() if m.info.role is Role.ENCODER and not m.info.draining}
-        return [here[name] for name in ranked(key, list(here))]
+        encoders = (m.info for m in self.members() if m.info.role is Role.ENCODER and not m.info.draining)
+        addresses = {info.name: info.address for info in encoders}
+        return [addresses[name] for name in ranked(key, list(addresses))]
 
     async def lookup(self, keys: Sequence[ContentKey]) -> list[wire.KeyState]:
         """What the directory knows of each key."""
