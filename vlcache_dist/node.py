@@ -111,7 +111,7 @@ class FrontNode:
         """Addresses of living encoders, the one that is to take ``key`` first. Ranked by their stable names: one that
         was restarted takes its own keys again, and no others move."""
         encoders = (m.info for m in self.members() if m.info.role is Role.ENCODER and not m.info.draining)
-        addresses = {info.name: info.address for info in encoders}
+        addresses = {info.name: info.address for info in sorted(encoders, key=lambda info: info.started)}  # newest wins
         return [addresses[name] for name in ranked(key, list(addresses))]
 
     async def lookup(self, keys: Sequence[ContentKey]) -> list[wire.KeyState]:

@@ -223,7 +223,8 @@ class Fetcher:
         return link
 
     async def _probe(self, peer: PeerInfo, sizes: Sequence[int]) -> list[tuple[int, float]]:
-        itemsize, points = self._layout.itemsize, []
+        itemsize = self._layout.itemsize
+        points: list[tuple[int, float]] = []
         room = min(peer.nbytes // itemsize, self._store.stats().largest_free, self._store.max_quarantine // 2)
         fitting = [size for size in sizes if size // itemsize <= room]
         for nbytes in fitting or [max(room, 1) * itemsize]:
